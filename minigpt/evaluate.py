@@ -1,0 +1,183 @@
+"""How well a model predicts a text: perplexity, bits per byte, and the distance to a reference model.
+
+The protocol. Documents are encoded one by one, each followed by the end-of-text token, and joined. Windows of
+`context` inputs and as many targets (each input's next token) start every `stride` tokens; an incomplete last
+window is dropped, unless it is the only one. A window scores its last `stride` targets (the first window: all),
+so each target counts once. Perplexity is exp of the mean negative log-likelihood of the targets, in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.checkpoint import Vocabulary
+from minigpt.errors import MinigptError, OptionError
+from minigpt.model import GPT2
+from minigpt.tokenizer import Tokenizer
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes
+    ----------
+    perplexity : float
+        exp(nll).
+    nll : float
+        Mean negative log-likelihood of a target, nats.
+    bits_per_byte : float
+        Bits for all targets over the bytes of text that they stand for (end-of-text stands for none):
+        comparable between models of different vocabularies.
+    tokens : int
+        Number of targets.
+    context, stride : int
+        Of the windows, in tokens.
+    kl : float or None
+        Mean Kullback-Leibler divergence KL(reference || model) of the next token, nats.
+    top1 : float or None
+        Share of targets for which both models find the same token the likeliest.
+    """
+
+    perplexity: float
+    nll: float
+    bits_per_byte: float
+    tokens: int
+    context: int
+    stride: int
+    kl: float | None = None
+    top1: float | None = None
+
+
+def read_documents(path: str | PathLike[str]) -> list[str]:
+    """Read a plain text file as one document, or `.jsonl` with one {"text": ...} a line.
+
+    Raises
+    ------
+    MinigptError
+        If the file cannot be read, is not UTF-8, or a line is not such an object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise MinigptError(f"cannot read the text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise MinigptError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8 first") from None
+    if Path(path).suffix not in (".jsonl", ".ndjson"):
+        return [text]
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            documents.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise MinigptError(f'line {number} of {path} is not of the form {{"text": "..."}}') from None
+    return documents
+
+
+def encode_documents(tokenizer: Tokenizer, documents: list[str], eos_token_id: int | None) -> Ids:
+    """Encode documents, each followed by the end-of-text token where the model has one: [n_tokens]."""
+    end = [] if eos_token_id is None else [eos_token_id]
+    return np.array([i for text in documents for i in [*tokenizer.encode(text), *end]], np.int64)
+
+
+def evaluate(
+    model: GPT2,
+    ids: Ids,
+    vocabulary: Vocabulary,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    reference: GPT2 | None = None,
+    max_tokens: int | None = None,
+) -> Evaluation:
+    """Measure a model on encoded text.
+
+    Parameters
+    ----------
+    model : GPT2
+    ids : ndarray of shape (n_tokens,), dtype=int64
+        From `encode_documents`.
+    vocabulary : Vocabulary
+        Of the model; gives the bytes of each token.
+    context : int, optional
+        Inputs per window; by default the model's positions.
+    stride : int, optional
+        Tokens between the starts of two windows; by default `context`, so that windows do not overlap.
+    reference : GPT2, optional
+        A model with the same vocabulary to compare the predictions with.
+    max_tokens : int, optional
+        Use only so many tokens from the beginning.
+
+    Raises
+    ------
+    OptionError
+        If context or stride is out of range, the text is shorter than two tokens, or the vocabularies differ.
+    """
+    limit = model.config.n_positions if reference is None else min(model.config.n_positions, reference.config.n_positions)
+    context = limit if context is None else context
+    if not 1 <= context <= limit:
+        raise OptionError(f"context must be in 1..{limit}, not {context}")
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise OptionError(f"stride must be in 1..{context} (the context), not {stride}")
+    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+        raise OptionError(
+            f"the reference has {reference.config.vocab_size} tokens, the model {model.config.vocab_size}; "
+            "KL needs one vocabulary"
+        )
+    ids = ids if max_tokens is None else ids[: max_tokens + 1]
+    if len(ids) < 2:
+        raise OptionError(f"a text of {len(ids)} tokens has nothing to predict; give at least two tokens")
+
+    lengths = np.diff(vocabulary.token_ends, prepend=0)  # [vocab_size], bytes of each token
+    lengths[list(vocabulary.special_tokens.values())] = 0
+    nll, kl, agreed, n_tokens, n_bytes = 0.0, 0.0, 0, 0, 0
+    for inputs, targets, first_scored in _windows(ids, context, stride):
+        streams = [model.logits(inputs), *([] if reference is None else [reference.logits(inputs)])]
+        done = 0
+        for logits, *expected in zip(*streams, strict=True):
+            scored = slice(max(first_scored - done, 0), len(logits))
+            wanted = targets[done : done + len(logits)][scored]  # [n]
+            log_p = _log_softmax(logits[scored])  # [n, vocab_size]
+            nll -= float(log_p[np.arange(len(wanted)), wanted].sum(dtype=np.float64))
+            n_tokens, n_bytes = n_tokens + len(wanted), n_bytes + int(lengths[wanted].sum())
+            for other in expected:
+                log_q = _log_softmax(other[scored])
+                kl += float((np.exp(log_q) * (log_q - log_p)).sum(dtype=np.float64))
+                agreed += int((log_q.argmax(axis=1) == log_p.argmax(axis=1)).sum())
+            done += len(logits)
+    mean = nll / n_tokens
+    return Evaluation(
+        perplexity=float(np.exp(mean)),
+        nll=mean,
+        bits_per_byte=nll / np.log(2) / n_bytes if n_bytes else float("nan"),
+        tokens=n_tokens,
+        context=min(context, len(ids) - 1),
+        stride=min(stride, len(ids) - 1),
+        kl=None if reference is None else kl / n_tokens,
+        top1=None if reference is None else agreed / n_tokens,
+    )
+
+
+def _windows(ids: Ids, context: int, stride: int) -> Iterator[tuple[Ids, Ids, int]]:
+    """Yield inputs, targets and the index of the first target that counts."""
+    context = min(context, len(ids) - 1)
+    for begin in range(0, len(ids) - context, stride):
+        window = ids[begin : begin + context + 1]
+        yield window[:-1], window[1:], 0 if begin == 0 else context - min(stride, context)
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

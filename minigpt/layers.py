@@ -1,0 +1,97 @@
+"""GPT-2's forward pass as pure functions over Weights, in the order in which they are called.
+
+Plain NumPy, no state but the key/value cache that `attention` extends. It is the backend without numba, the
+documentation of the compiled one (`kernels.forward`), and where compression looks at activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt import reference
+from minigpt.checkpoint import Config
+from minigpt.encodings import Weight
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Weights = Mapping[str, Weight]
+Sequence = tuple[slice, int, int]  # tokens of the batch | sequence of the cache | first position
+
+
+def sequences(sequence_of: Ids, positions: Ids) -> list[Sequence]:
+    """Cut a batch of tokens where a new sequence begins."""
+    starts = [0, *(np.flatnonzero(np.diff(sequence_of)) + 1).tolist(), len(sequence_of)]
+    return [
+        (slice(begin, end), int(sequence_of[begin]), int(positions[begin]))
+        for begin, end in zip(starts, starts[1:], strict=False)
+    ]
+
+
+def embed(weights: Weights, ids: Ids, positions: Ids) -> Floats:
+    """Look up tokens and positions: [n_tokens] -> [n_tokens, n_embd]."""
+    return weights["wte.weight"].rows(ids) + weights["wpe.weight"].rows(positions)
+
+
+def vector(weights: Weights, name: str) -> Floats:
+    """Return a gain or bias, always stored in f32."""
+    return weights[name].parts["values"]  # type: ignore[return-value]
+
+
+def layer_norm(weights: Weights, name: str, x: Floats, epsilon: float) -> Floats:
+    """Apply the LayerNorm called `name`: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
+    return reference.layer_norm(x, vector(weights, f"{name}.weight"), vector(weights, f"{name}.bias"), epsilon)
+
+
+def linear(weights: Weights, name: str, x: Floats) -> Floats:
+    """Apply the affine map called `name`: [n_tokens, n_in] -> [n_tokens, n_out]."""
+    return weights[f"{name}.weight"].matmul(x) + vector(weights, f"{name}.bias")
+
+
+def attention(
+    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Sequence]
+) -> Floats:
+    """Attend within each sequence and store its keys and values on the way.
+
+    Parameters
+    ----------
+    x : ndarray of shape (n_tokens, n_embd), dtype=float32
+    k, v : ndarray of shape (n_sequences, n_head, n_positions, head_dim), dtype=float32
+        The cache of layer `i`; the positions of these tokens are overwritten.
+
+    Returns
+    -------
+    ndarray of shape (n_tokens, n_embd), dtype=float32
+    """
+    n_head, head_dim = config.n_head[i], config.head_dim
+    qkv = linear(weights, f"h.{i}.attn.c_attn", x)  # [n_tokens, 3 * n_head * head_dim]
+    heads = qkv.reshape(len(x), 3, n_head, head_dim).transpose(1, 2, 0, 3)  # [3, n_head, n_tokens, head_dim]
+    mixed = np.empty((len(x), n_head, head_dim), np.float32)
+    for tokens, s, first in batch:
+        q, end = heads[0][:, tokens], first + tokens.stop - tokens.start
+        k[s, :, first:end], v[s, :, first:end] = heads[1][:, tokens], heads[2][:, tokens]
+        seen = reference.attention(q, k[s, :, :end], v[s, :, :end], config.attn_scale[i])
+        mixed[tokens] = seen.transpose(1, 0, 2)
+    return linear(weights, f"h.{i}.attn.c_proj", mixed.reshape(len(x), -1))
+
+
+def mlp(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
+    """Expand, bend, contract: [n_tokens, n_embd] -> [n_tokens, n_inner] -> [n_tokens, n_embd]."""
+    act: Callable[[Floats], Floats] = reference.ACTIVATIONS[config.activation_function]
+    return linear(weights, f"h.{i}.mlp.c_proj", act(linear(weights, f"h.{i}.mlp.c_fc", x)))
+
+
+def block(
+    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Sequence]
+) -> Floats:
+    """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
+    epsilon = config.layer_norm_epsilon
+    x = x + attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch)
+    return x + mlp(weights, config, i, layer_norm(weights, f"h.{i}.ln_2", x, epsilon))
+
+
+def head(weights: Weights, config: Config, x: Floats) -> Floats:
+    """Final LayerNorm and projection onto the vocabulary: [n_tokens, n_embd] -> [n_tokens, vocab_size]."""
+    return weights["lm_head.weight"].matmul(layer_norm(weights, "ln_f", x, config.layer_norm_epsilon))

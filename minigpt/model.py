@@ -1,0 +1,160 @@
+"""`GPT2`: token ids and a `KVCache` in, logits out. It knows nothing of text, sampling or how a matrix is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from minigpt import layers, ops
+from minigpt.checkpoint import Checkpoint, Config
+from minigpt.errors import ContextError, OptionError
+from minigpt.program import Program
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+CHUNK = 128  # tokens that go through the network at once: bounds every intermediate, long prompts too
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has seen, for one or more sequences.
+
+    Memory is claimed from the system only where positions are written, so a full-length cache costs a short
+    text nothing.
+
+    Attributes
+    ----------
+    k, v : list of ndarray of shape (n_sequences, n_head, n_positions, head_dim), dtype=float32
+        One of each per layer.
+    lengths : ndarray of shape (n_sequences,), dtype=int64
+        How many positions of each sequence are filled.
+    """
+
+    def __init__(self, config: Config, n_sequences: int = 1) -> None:
+        shapes = [(n_sequences, n_head, config.n_positions, config.head_dim) for n_head in config.n_head]
+        self.k: list[Floats] = [np.zeros(shape, np.float32) for shape in shapes]
+        self.v: list[Floats] = [np.zeros(shape, np.float32) for shape in shapes]
+        self.lengths: Ids = np.zeros(n_sequences, np.int64)
+
+    @property
+    def n_sequences(self) -> int:
+        """How many sequences the cache has room for."""
+        return len(self.lengths)
+
+    def truncate(self, length: int, sequence: int = 0) -> None:
+        """Forget the positions of a sequence from `length` on."""
+        self.lengths[sequence] = min(length, int(self.lengths[sequence]))
+
+    def reorder(self, order: Sequence[int] | Ids) -> None:
+        """Let sequence i become what sequence order[i] was, as beam search needs it; only used positions move."""
+        order = np.asarray(order)
+        moved = np.flatnonzero(order != np.arange(len(order)))
+        used = int(self.lengths[order].max(initial=0))
+        for cache in (*self.k, *self.v):
+            cache[moved, :, :used] = cache[order[moved], :, :used]
+        self.lengths[moved] = self.lengths[order[moved]]
+
+
+class GPT2:
+    """A checkpoint ready to run, on the compiled backend where there is one and in NumPy elsewhere.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Its arrays are used in place, never copied.
+    n_threads : int, optional
+        Threads of the compiled backend; by default the physical cores that this process may use.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None) -> None:
+        self.config = checkpoint.config
+        self.weights = checkpoint.weights
+        self._program = None if ops.backend() == "numpy" else Program(checkpoint, n_threads)
+
+    def forward(
+        self,
+        ids: ArrayLike,
+        cache: KVCache,
+        sequences: ArrayLike | None = None,
+        keep: ArrayLike | None = None,
+    ) -> Floats:
+        """Run tokens through the network and extend the cache by them.
+
+        Parameters
+        ----------
+        ids : array-like of int, shape (n_tokens,)
+            Tokens, those of one sequence next to each other.
+        cache : KVCache
+            What came before; the lengths of its sequences grow.
+        sequences : array-like of int, shape (n_tokens,), optional
+            Which sequence of the cache each token continues; by default all continue sequence 0.
+        keep : array-like of int, optional
+            Indices of the tokens whose logits are wanted, ascending; by default the last of each sequence.
+
+        Returns
+        -------
+        ndarray of shape (n_keep, vocab_size), dtype=float32
+
+        Raises
+        ------
+        OptionError
+            If an id or a sequence is out of range, or there is no token at all.
+        ContextError
+            If a sequence would become longer than `n_positions`; the cache is left as it was.
+        """
+        tokens, sequence_of = self._checked(ids, cache, sequences)
+        ends = np.flatnonzero(np.append(np.diff(sequence_of) != 0, True))
+        wanted = ends if keep is None else np.asarray(keep, np.int64)
+        positions = self._positions(sequence_of, cache)
+        run = self._run_numpy if self._program is None else self._program.run
+        parts = []
+        for begin in range(0, len(tokens), CHUNK):
+            chunk = slice(begin, begin + CHUNK)
+            here = wanted[(wanted >= begin) & (wanted < begin + CHUNK)] - begin
+            parts.append(run(tokens[chunk], positions[chunk], sequence_of[chunk], cache, here))
+        np.add.at(cache.lengths, sequence_of, 1)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def logits(self, ids: ArrayLike) -> Iterator[Floats]:
+        """Yield the logits of every token of one text, [n, vocab_size] for up to CHUNK tokens at a time."""
+        tokens = np.atleast_1d(np.asarray(ids, np.int64))
+        cache = KVCache(self.config)
+        for begin in range(0, len(tokens), CHUNK):
+            chunk = tokens[begin : begin + CHUNK]
+            yield self.forward(chunk, cache, keep=np.arange(len(chunk)))
+
+    def _checked(self, ids: ArrayLike, cache: KVCache, sequences: ArrayLike | None) -> tuple[Ids, Ids]:
+        tokens = np.atleast_1d(np.asarray(ids, np.int64))
+        of = np.zeros(len(tokens), np.int64) if sequences is None else np.asarray(sequences, np.int64)
+        if tokens.ndim != 1 or not len(tokens) or of.shape != tokens.shape:
+            raise OptionError("forward needs at least one id, in one dimension, and one sequence per id")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
+            raise OptionError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
+        if of.min() < 0 or of.max() >= cache.n_sequences:
+            raise OptionError(f"the cache has the sequences 0..{cache.n_sequences - 1}, not {of.max()}")
+        return tokens, of
+
+    def _positions(self, sequence_of: Ids, cache: KVCache) -> Ids:
+        positions = np.empty(len(sequence_of), np.int64)
+        seen: set[int] = set()
+        for tokens, s, _ in layers.sequences(sequence_of, positions):
+            if s in seen:
+                raise OptionError(f"the tokens of sequence {s} must stand next to each other")
+            seen.add(s)
+            first, n = int(cache.lengths[s]), tokens.stop - tokens.start
+            if first + n > self.config.n_positions:
+                raise ContextError(
+                    f"{first + n} tokens are more than the model's {self.config.n_positions} positions; shorten the text"
+                )
+            positions[tokens] = np.arange(first, first + n)
+        return positions
+
+    def _run_numpy(self, ids: Ids, positions: Ids, sequence_of: Ids, cache: KVCache, keep: Ids) -> Floats:
+        batch = layers.sequences(sequence_of, positions)
+        x = layers.embed(self.weights, ids, positions)  # [n_tokens, n_embd]
+        for i in range(self.config.n_layer):
+            x = layers.block(self.weights, self.config, i, x, cache.k[i], cache.v[i], batch)
+        return layers.head(self.weights, self.config, x[keep])  # [n_keep, vocab_size]
