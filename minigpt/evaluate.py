@@ -9,6 +9,7 @@ so each target counts once. Perplexity is exp of the mean negative log-likelihoo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -20,9 +21,9 @@ from numpy.typing import NDArray
 from minigpt.checkpoint import Vocabulary
 from minigpt.errors import MinigptError, OptionError
 from minigpt.model import GPT2
+from minigpt.sampling import log_softmax
 from minigpt.tokenizer import Tokenizer
 
-Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 
@@ -78,9 +79,12 @@ def read_documents(path: str | PathLike[str]) -> list[str]:
     documents = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            documents.append(json.loads(line)["text"])
+            text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError):
-            raise MinigptError(f'line {number} of {path} is not of the form {{"text": "..."}}') from None
+            text = None
+        if not isinstance(text, str):
+            raise MinigptError(f'line {number} of {path} is not of the form {{"text": "..."}}')
+        documents.append(text)
     return documents
 
 
@@ -148,19 +152,19 @@ def evaluate(
         for logits, *expected in zip(*streams, strict=True):
             scored = slice(max(first_scored - done, 0), len(logits))
             wanted = targets[done : done + len(logits)][scored]  # [n]
-            log_p = _log_softmax(logits[scored])  # [n, vocab_size]
+            log_p = log_softmax(logits[scored])  # [n, vocab_size]
             nll -= float(log_p[np.arange(len(wanted)), wanted].sum(dtype=np.float64))
             n_tokens, n_bytes = n_tokens + len(wanted), n_bytes + int(lengths[wanted].sum())
             for other in expected:
-                log_q = _log_softmax(other[scored])
+                log_q = log_softmax(other[scored])
                 kl += float((np.exp(log_q) * (log_q - log_p)).sum(dtype=np.float64))
                 agreed += int((log_q.argmax(axis=1) == log_p.argmax(axis=1)).sum())
             done += len(logits)
     mean = nll / n_tokens
     return Evaluation(
-        perplexity=float(np.exp(mean)),
+        perplexity=math.exp(min(mean, 700.0)),
         nll=mean,
-        bits_per_byte=nll / np.log(2) / n_bytes if n_bytes else float("nan"),
+        bits_per_byte=nll / math.log(2) / n_bytes if n_bytes else math.nan,
         tokens=n_tokens,
         context=min(context, len(ids) - 1),
         stride=min(stride, len(ids) - 1),
@@ -175,9 +179,3 @@ def _windows(ids: Ids, context: int, stride: int) -> Iterator[tuple[Ids, Ids, in
     for begin in range(0, len(ids) - context, stride):
         window = ids[begin : begin + context + 1]
         yield window[:-1], window[1:], 0 if begin == 0 else context - min(stride, context)
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
