@@ -1,0 +1,1162 @@
+"""Everything that is compiled: matrices times activations, attention, the whole network, and the threads' meeting points.
+
+Every entry point takes addresses and integers (records are described in `layout.py`), holds no Python object, allocates
+nothing and cannot raise, so that it runs without the GIL and can be compiled ahead of time for other machines. Vector
+code is generic LLVM IR that the backend turns into what the target has (`vpdpwssd`, `pmaddwd`, `smlal`, ...).
+`reference.py` has the same arithmetic in NumPy. Nothing here validates: whoever fills the records does.
+
+The file reads upwards in size: addresses, vectors, scalar functions, matrices, threads, attention, the network.
+"""
+
+# ruff: noqa: F403, F405
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, config, njit, types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+from minigpt import layout
+from minigpt.layout import *  # the indices of record fields: W_ a matrix, X_ activations, L_ a layer, P_ a program, T_ a team
+
+# Reductions may be reordered and multiply-adds fused; NaN and infinity keep their meaning. Division by zero gives
+# infinity: numba's default would raise, and its check keeps loops from being vectorized.
+FAST: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+EXACT: dict[str, Any] = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
+
+int64, float32, int32 = types.int64, types.float32, types.int32
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry points: compiled one by one when asked for, because a process pays for each
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENTRIES: dict[str, tuple[Any, Callable[..., Any]]] = {}
+
+
+def entry(n_arguments: int, result: Any = types.void) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function of int64 arguments as an entry point under its own name."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        # numba's cache does not notice a changed import: a name that holds the layout's checksum makes it look again
+        function.__qualname__ += f"_{crc32(Path(layout.__file__).read_bytes()):08x}"
+        ENTRIES[function.__name__] = (result(*[int64] * n_arguments), function)
+        return function
+
+    return register
+
+
+def compile_entry(name: str) -> Any:
+    """Return the numba `CFunc` of an entry point, from the cache if it is there."""
+    signature, function = ENTRIES[name]
+    try:
+        return cfunc(signature, cache=True, **FAST)(function)
+    except RuntimeError:  # no folder for the cache can be written: compile again in every process
+        return cfunc(signature, **FAST)(function)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The target
+# ---------------------------------------------------------------------------------------------------------------------
+
+FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+VECTOR = 64 if "+avx512bw" in FEATURES else 32 if "+avx2" in FEATURES else 16  # bytes of a vector register
+HALF_IN_HARDWARE = not X86 or "+f16c" in FEATURES  # else the conversion would call a library
+LANES = VECTOR // 4  # of 4 bytes
+PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
+TILE = 6 if X86 and VECTOR < 64 else 12  # tokens of a tile: 2 * TILE accumulators must fit the 16 or 32 registers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Addresses: `i64(address)[i]` reads and `f32(address)[i] = v` writes, as in C; no bounds, no negative index
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _pointer(dtype: Any) -> Any:
+    """Return an intrinsic that views an int64 address as a pointer to dtype."""
+
+    @intrinsic
+    def view(typing_context: Any, address: Any) -> Any:
+        pointer = types.CPointer(dtype)
+
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            return b.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(int64), build
+
+    return view
+
+
+i8, u8, u16 = _pointer(types.int8), _pointer(types.uint8), _pointer(types.uint16)
+i16, i32, i64, f32 = _pointer(types.int16), _pointer(int32), _pointer(int64), _pointer(float32)
+
+
+@intrinsic
+def float_of_bits(typing_context: Any, bits: Any) -> Any:
+    """Reinterpret an int32 as the float32 with the same bits."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.bitcast(arguments[0], ir.FloatType())
+
+    return float32(int32), build
+
+
+@intrinsic
+def bits_of_float(typing_context: Any, value: Any) -> Any:
+    """Reinterpret a float32 as the int32 with the same bits."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.bitcast(arguments[0], ir.IntType(32))
+
+    return int32(float32), build
+
+
+@intrinsic
+def half(typing_context: Any, bits: Any) -> Any:
+    """Convert the bits of a float16 (uint16) to float32."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return _half(b, arguments[0])
+
+    return float32(types.uint16), build
+
+
+def _call(n_arguments: int, result: Any) -> Any:
+    """Return an intrinsic that calls the C function of int64 arguments at an address: `call(address, (a, b))`."""
+
+    @intrinsic
+    def call(typing_context: Any, address: Any, arguments: Any) -> Any:
+        def build(context: Any, b: Any, signature: Any, values: Any) -> Any:
+            word = ir.IntType(64)
+            returned = ir.VoidType() if result is types.void else ir.IntType(32)
+            function = ir.FunctionType(returned, [word] * n_arguments)
+            b.call(b.inttoptr(values[0], function.as_pointer()), cgutils.unpack_tuple(b, values[1]))
+            return context.get_dummy_value()
+
+        return types.void(int64, types.UniTuple(int64, n_arguments)), build
+
+    return call
+
+
+@intrinsic
+def never_inline(typing_context: Any) -> Any:
+    """Keep the function that calls this a function: one copy to optimize instead of one per caller (compile time)."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        b.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+call_matmul, call_rows, call_entry = _call(7, types.void), _call(3, types.void), _call(2, types.void)
+
+
+@intrinsic
+def call_yield(typing_context: Any, address: Any) -> Any:
+    """Call the C function `int f(void)` at an address."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        b.call(b.inttoptr(arguments[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(int64), build
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors: what LLVM's own vectorizer does not find
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _vector(element: Any, n: int) -> Any:
+    return ir.VectorType(element, n)
+
+
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+def _offset(b: Any, address: Any, index: Any, size: int = 1) -> Any:
+    """Return address + index * size; index is a Python int or an IR value."""
+    if isinstance(index, int):
+        return b.add(address, ir.Constant(address.type, index * size))
+    return b.add(address, b.mul(index, ir.Constant(address.type, size)))
+
+
+def _load(b: Any, address: Any, kind: Any, align: int = 1) -> Any:
+    value = b.load(b.inttoptr(address, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def _store(b: Any, value: Any, address: Any) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
+
+
+def _shuffle(b: Any, a: Any, c: Any, lanes: list[int]) -> Any:
+    return b.shuffle_vector(a, c, ir.Constant(_vector(I32, len(lanes)), lanes))
+
+
+def _concatenate(b: Any, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [_shuffle(b, low, high, list(range(2 * low.type.count))) for low, high in pairs]
+    return parts[0]
+
+
+def _half(b: Any, bits: Any) -> Any:
+    """Convert float16 bits, a scalar or a vector of i16, to float32."""
+    n = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+    kind = (lambda scalar: _vector(scalar, n)) if n else (lambda scalar: scalar)
+    constant = lambda scalar, v: ir.Constant(kind(scalar), [v] * n if n else v)  # noqa: E731
+    if HALF_IN_HARDWARE:
+        return b.fpext(b.bitcast(bits, kind(ir.HalfType())), kind(F32))
+    # Shift exponent and mantissa into a float32's place; 2^112 makes up for the smaller exponent bias (no infinities)
+    wide = b.zext(bits, kind(I32))
+    magnitude = b.shl(b.and_(wide, constant(I32, 0x7FFF)), constant(I32, 13))
+    scaled = b.fmul(b.bitcast(magnitude, kind(F32)), constant(F32, 2.0**112))
+    sign = b.shl(b.and_(wide, constant(I32, 0x8000)), constant(I32, 16))
+    return b.bitcast(b.or_(b.bitcast(scaled, kind(I32)), sign), kind(F32))
+
+
+def _multiply_pairs(b: Any, w: Any, x: Any) -> Any:
+    """Return w[2i] * x[2i] + w[2i + 1] * x[2i + 1], i16 to i32: the one pattern that LLVM turns into `pmaddwd`.
+
+    Added to an accumulator it becomes `vpdpwssd` where the CPU has it.
+    """
+    n = w.type.count
+    wide = _vector(I32, n)
+    products = b.mul(b.sext(w, wide), b.sext(x, wide))
+    even = _shuffle(b, products, products, list(range(0, n, 2)))
+    odd = _shuffle(b, products, products, list(range(1, n, 2)))
+    return b.add(even, odd)
+
+
+def _multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
+    """Return a * c + total in float32, fused where the CPU can (`llvm.fma` would call a library elsewhere)."""
+    return b.fadd(b.fmul(a, c, flags=("contract",)), total, flags=("contract",))
+
+
+def _sum(b: Any, vector: Any) -> Any:
+    """Add up the lanes."""
+    element, n = vector.type.element, vector.type.count
+    while n > 1:  # halves, then halves of halves
+        n //= 2
+        low = _shuffle(b, vector, vector, list(range(n)))
+        high = _shuffle(b, vector, vector, list(range(n, 2 * n)))
+        vector = b.add(low, high) if element == I32 else b.fadd(low, high)
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def _accumulators(b: Any, kind: Any, n: int) -> list[Any]:
+    return [cgutils.alloca_once_value(b, ir.Constant(kind, None)) for _ in range(n)]
+
+
+@intrinsic
+def dot_i8(typing_context: Any, w: Any, x: Any, n: Any) -> Any:
+    """Return the int32 sum of w[i] * x[i], int8 times int16, over the whole vectors (of VECTOR / 2) in n.
+
+    Four accumulators hide the latency of the multiply-add; the weights stream by at the speed of memory.
+    """
+    width, unrolled = VECTOR // 2, 4
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        w, x, n = arguments
+        constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
+        totals = _accumulators(b, _vector(I32, width // 2), unrolled)
+
+        def step(start: Any, total: Any) -> None:
+            codes = b.sext(_load(b, _offset(b, w, start), _vector(I8, width)), _vector(I16, width))
+            pairs = _multiply_pairs(b, codes, _load(b, _offset(b, x, start, 2), _vector(I16, width)))
+            b.store(b.add(b.load(total), pairs), total)
+
+        blocks = b.udiv(n, constant(width * unrolled))
+        with cgutils.for_range(b, blocks) as loop:
+            start = b.mul(loop.index, constant(width * unrolled))
+            for i, total in enumerate(totals):
+                step(b.add(start, constant(i * width)), total)
+        rest = b.mul(blocks, constant(unrolled))
+        with cgutils.for_range(b, b.sub(b.udiv(n, constant(width)), rest)) as loop:
+            step(b.mul(b.add(loop.index, rest), constant(width)), totals[0])
+        first, second, third, fourth = (b.load(total) for total in totals)
+        return _sum(b, b.add(b.add(first, second), b.add(third, fourth)))
+
+    return int32(int64, int64, int64), build
+
+
+@intrinsic
+def dot_i4(typing_context: Any, codes: Any, scales: Any, x: Any, n_groups: Any) -> Any:
+    """Return the float32 sum over groups of scale * sum(code * x): 4-bit codes, float16 scales, int16 x.
+
+    A group is 16 bytes: elements 0..15 in the low nibbles, 16..31 in the high ones. Where a register holds
+    two groups, two are done at once and each half of the lanes gets its own group's scale.
+    """
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        codes, scales, x, n_groups = arguments
+        constant = lambda v: ir.Constant(n_groups.type, v)  # noqa: E731
+        nibbles = lambda v, groups: ir.Constant(_vector(I8, 16 * groups), [v] * 16 * groups)  # noqa: E731
+
+        def step(group: Any, groups: int, total: Any) -> None:
+            packed = _load(b, _offset(b, codes, group, 16), _vector(I8, 16 * groups))
+            wide = _vector(I16, 16 * groups)
+            low = b.zext(b.and_(packed, nibbles(15, groups)), wide)
+            high = b.zext(b.lshr(packed, nibbles(4, groups)), wide)
+            begin = _offset(b, x, group, 64)
+            halves = [_load(b, _offset(b, begin, 32 * i), _vector(I16, 16)) for i in range(2 * groups)]
+            products = b.add(
+                _multiply_pairs(b, low, _concatenate(b, halves[::2])),
+                _multiply_pairs(b, high, _concatenate(b, halves[1::2])),
+            )
+            factors = _half(b, _load(b, _offset(b, scales, group, 2), _vector(I16, groups)))
+            factors = _shuffle(b, factors, factors, [g for g in range(groups) for _ in range(8)])
+            sums = b.sitofp(products, _vector(F32, 8 * groups))
+            b.store(_multiply_add(b, sums, factors, b.load(total)), total)
+
+        together = max(1, VECTOR // 32)
+        result = ir.Constant(F32, 0.0)
+        done = constant(0)
+        for groups in sorted({together, 1}, reverse=True):
+            (total,) = _accumulators(b, _vector(F32, 8 * groups), 1)
+            steps = b.udiv(b.sub(n_groups, done), constant(groups))
+            with cgutils.for_range(b, steps) as loop:
+                step(b.add(done, b.mul(loop.index, constant(groups))), groups, total)
+            done = b.add(done, b.mul(steps, constant(groups)))
+            result = b.fadd(result, _sum(b, b.load(total)))
+        return result
+
+    return float32(int64, int64, int64, int64), build
+
+
+def _tile(integer: bool) -> Any:
+    """Return the intrinsic that multiplies PANEL rows of an unpacked matrix by TILE tokens.
+
+    `tile(panel, panel_step, x, x_stride, n, y, y_stride)`, all strides in bytes: for each of n steps it takes one
+    line of the panel (lane = row) and one word of each token, which is broadcast: 2 * TILE multiply-adds for
+    2 + TILE loads, and no sum across lanes at the end. A word is a float32, or two int16 with a line of int16 pairs.
+    """
+
+    @intrinsic
+    def tile(
+        typing_context: Any, panel: Any, panel_step: Any, x: Any, x_stride: Any, n: Any, y: Any, y_stride: Any
+    ) -> Any:
+        word = I32 if integer else F32
+        lanes = _vector(word, LANES)
+        line = _vector(I16, 2 * LANES) if integer else lanes
+
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            panel, panel_step, x, x_stride, n, y, y_stride = arguments
+            totals = [_accumulators(b, lanes, 2) for _ in range(TILE)]
+            tokens = [b.add(x, b.mul(x_stride, ir.Constant(n.type, t))) for t in range(TILE)]
+            with cgutils.for_range(b, n) as loop:
+                at = b.add(panel, b.mul(loop.index, panel_step))
+                rows = [_load(b, _offset(b, at, VECTOR * i), line, 4) for i in range(2)]
+                for token, sums in zip(tokens, totals, strict=True):
+                    value = _load(b, _offset(b, token, loop.index, 4), word, 4)
+                    spread = b.insert_element(ir.Constant(lanes, ir.Undefined), value, ir.Constant(I32, 0))
+                    spread = b.bitcast(_shuffle(b, spread, spread, [0] * LANES), line)
+                    for row, total in zip(rows, sums, strict=True):
+                        if integer:
+                            b.store(b.add(b.load(total), _multiply_pairs(b, row, spread)), total)
+                        else:
+                            b.store(_multiply_add(b, row, spread, b.load(total)), total)
+            for t, sums in enumerate(totals):
+                for i, total in enumerate(sums):
+                    at = b.add(y, b.mul(y_stride, ir.Constant(n.type, t)))
+                    _store(b, b.load(total), _offset(b, at, VECTOR * i))
+            return context.get_dummy_value()
+
+        return types.void(*[int64] * 7), build
+
+    return tile
+
+
+tile_i16, tile_f32 = _tile(integer=True), _tile(integer=False)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scalar functions: polynomials, so that LLVM vectorizes the loops around them and no mathematical library is needed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**EXACT)
+def nearest(x):
+    """Round to the nearest integer, ties to even: a float32 of size 2^23 has no room for a fraction. |x| < 2^22."""
+    return int32((x + float32(12582912.0)) - float32(12582912.0))
+
+
+@njit(**EXACT)
+def exp(x):
+    """e^x with a relative error below 2e-7: 2^n times the Taylor polynomial of the rest, |rest| <= ln(2) / 2."""
+    x = min(max(x, float32(-87.0)), float32(88.0))
+    n = nearest(x * float32(1.44269504))
+    rest = x - float32(n) * float32(0.693359375) - float32(n) * float32(-2.12194440e-4)  # ln 2 in two parts
+    p = float32(1 / 720)
+    p = p * rest + float32(1 / 120)
+    p = p * rest + float32(1 / 24)
+    p = p * rest + float32(1 / 6)
+    p = p * rest + float32(0.5)
+    p = p * rest * rest + rest + float32(1)
+    return p * float_of_bits(int32(int32(n + int32(127)) << int32(23)))
+
+
+@njit(**EXACT)
+def gelu_new(x):
+    """GELU by its tanh approximation; 0.5 x (1 + tanh u) is x * sigmoid(2u)."""
+    u = float32(1.5957691216) * x * (float32(1) + float32(0.044715) * x * x)
+    return x / (float32(1) + exp(-u))
+
+
+@njit(**EXACT)
+def gelu(x):
+    """Exact GELU, x * Phi(x), by Numerical Recipes' Chebyshev fit of erfc."""
+    z = abs(x) * float32(0.70710678)
+    t = float32(1) / (float32(1) + float32(0.5) * z)
+    p = float32(0.17087277)
+    p = p * t + float32(-0.82215223)
+    p = p * t + float32(1.48851587)
+    p = p * t + float32(-1.13520398)
+    p = p * t + float32(0.27886807)
+    p = p * t + float32(-0.18628806)
+    p = p * t + float32(0.09678418)
+    p = p * t + float32(0.37409196)
+    p = p * t + float32(1.00002368)
+    p = p * t + float32(-1.26551223)
+    tail = float32(0.5) * t * exp(p - z * z)
+    return x * (float32(1) - tail if x >= float32(0) else tail)
+
+
+@njit(**EXACT)
+def silu(x):
+    """Return x * sigmoid(x)."""
+    return x / (float32(1) + exp(-x))
+
+
+@njit(**FAST)
+def activate(function, x, bias, y, n):
+    """y[i] = f(x[i] + bias[i]); the choice of f stands outside the loops, which are then vectorized."""
+    never_inline()
+    x, bias, y = f32(x), f32(bias), f32(y)
+    if function == 0:
+        for i in range(n):
+            y[i] = gelu_new(x[i] + bias[i])
+    elif function == 1:
+        for i in range(n):
+            y[i] = gelu(x[i] + bias[i])
+    elif function == 2:
+        for i in range(n):
+            y[i] = max(x[i] + bias[i], float32(0))
+    else:
+        for i in range(n):
+            y[i] = silu(x[i] + bias[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations: what a matrix takes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**FAST)
+def layer_norm(x, gain, bias, epsilon, y, n):
+    """Normalize n floats to mean 0 and variance 1, then scale and shift (Ba et al. 2016)."""
+    never_inline()
+    x, gain, bias, y = f32(x), f32(gain), f32(bias), f32(y)
+    total = float32(0)
+    for i in range(n):
+        total += x[i]
+    mean = total / float32(n)
+    total = float32(0)
+    for i in range(n):
+        total += (x[i] - mean) * (x[i] - mean)
+    factor = float32(1) / np.sqrt(total / float32(n) + epsilon)
+    for i in range(n):
+        y[i] = (x[i] - mean) * factor * gain[i] + bias[i]
+
+
+@njit(**FAST)
+def largest(x, n, magnitude):
+    """Return the largest of n floats, or of their magnitudes.
+
+    Compared as integers, in which a loop of maxima is vectorized although NaN is allowed.
+    """
+    never_inline()
+    x = i32(x)
+    top = int32(-(2**31))
+    if magnitude:
+        for i in range(n):
+            top = max(top, int32(x[i] & int32(0x7FFFFFFF)))
+        return float_of_bits(top)
+    for i in range(n):  # negative floats have descending bits: turn them round
+        top = max(top, int32(x[i] ^ int32(int32(x[i] >> int32(31)) & int32(0x7FFFFFFF))))
+    return float_of_bits(int32(top ^ int32(int32(top >> int32(31)) & int32(0x7FFFFFFF))))
+
+
+@njit(**FAST)
+def quantize(x, token, n_in, levels):
+    """Round a token's float activations to integers -levels..levels with one scale, and sum up each 32 of them."""
+    never_inline()
+    x = i64(x)
+    stride = x[X_STRIDE]
+    source = x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4
+    scale = max(largest(source, n_in, True), float32(1e-9)) / float32(levels)
+    f32(x[X_SCALES])[token] = scale
+    inverse = float32(1) / scale
+    source, codes = f32(source), i16(x[X_CODES] + token * stride * 2)
+    for i in range(n_in):
+        codes[i] = nearest(source[i] * inverse)
+    for i in range(n_in, stride):
+        codes[i] = 0
+    sums = f32(x[X_SUMS] + token * stride // 32 * 4)
+    for group in range(stride // 32):
+        total = int32(0)
+        for i in range(32 * group, 32 * group + 32):
+            total = int32(total + int32(codes[i]))
+        sums[group] = float32(total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices: matmul_<encoding>(w, x, y, y_stride, n_tokens, row_begin, row_end) and rows_<encoding>(w, row, y)
+#
+# y[token * y_stride + row] = sum over i of W[row, i] * x[token, i], float32. Few tokens: the weights stream by once,
+# row by row, each row times every token while it is in the L1 cache. Many tokens: PANEL rows are unpacked once
+# and multiplied by TILE tokens at a time.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**FAST)
+def matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
+    """Multiply the int16 panel in x's scratch (pairs along n_in) by all tokens."""
+    never_inline()
+    x = i64(x)
+    scales, x_scales, products = f32(scales), f32(x[X_SCALES]), i32(x[X_TILE])
+    for begin in range(0, n_tokens, TILE):
+        first = min(begin, n_tokens - TILE)  # the last tile overlaps the one before and gives the same again
+        codes = x[X_CODES] + first * x[X_STRIDE] * 2
+        tile_i16(x[X_PANEL], 2 * VECTOR, codes, x[X_STRIDE] * 2, (n_in + 1) // 2, x[X_TILE], PANEL * 4)
+        for t in range(TILE):
+            to = f32(y + ((first + t) * y_stride + row) * 4)
+            scale = x_scales[first + t]
+            for r in range(n_rows):
+                to[r] = float32(products[t * PANEL + r]) * scales[r] * scale
+
+
+@njit(**FAST)
+def matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in):
+    """Multiply the float32 panel in x's scratch by all tokens."""
+    never_inline()
+    x = i64(x)
+    products = f32(x[X_TILE])
+    for begin in range(0, n_tokens, TILE):
+        first = min(begin, n_tokens - TILE)
+        source = x[X_FLOAT] + first * x[X_FLOAT_STRIDE] * 4
+        tile_f32(x[X_PANEL], 2 * VECTOR, source, x[X_FLOAT_STRIDE] * 4, n_in, x[X_TILE], PANEL * 4)
+        for t in range(TILE):
+            to = f32(y + ((first + t) * y_stride + row) * 4)
+            for r in range(n_rows):
+                to[r] = products[t * PANEL + r]
+
+
+@entry(7)
+def matmul_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes int8 [n_out, n_in] times int16 activations in int32, one scale per row and one per token."""
+    w, xs = i64(w), i64(x)
+    n_in, x_scales = w[W_N_IN], f32(xs[X_SCALES])
+    scales = f32(w[W_PART_1])
+    if n_tokens < TILE:
+        whole = n_in // (VECTOR // 2) * (VECTOR // 2)
+        for row in range(row_begin, row_end):
+            codes = w[W_PART_0] + row * n_in
+            for token in range(n_tokens):
+                source = xs[X_CODES] + token * xs[X_STRIDE] * 2
+                total = dot_i8(codes, source, n_in)
+                for i in range(whole, n_in):
+                    total = int32(total + int32(int32(i8(codes)[i]) * int32(i16(source)[i])))
+                f32(y)[token * y_stride + row] = float32(total) * scales[row] * x_scales[token]
+        return
+    for row in range(row_begin, row_end, PANEL):
+        n_rows = min(PANEL, row_end - row)
+        pack_int8(w[W_PART_0] + row * n_in, n_in, n_rows, xs[X_PANEL])
+        matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, w[W_PART_1] + row * 4, n_in)
+
+
+@njit(**FAST)
+def pack_int8(codes, n_in, n_rows, panel):
+    """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16."""
+    never_inline()
+    n_pairs = n_in // 2
+    panel = i32(panel)
+    for r in range(n_rows):
+        source = i16(codes + r * n_in)
+        for pair in range(n_pairs):
+            both = int32(source[pair])
+            low = int32(int32(int32(both << int32(24)) >> int32(24)) & int32(0xFFFF))
+            panel[pair * PANEL + r] = int32(low | int32(int32(both >> int32(8)) << int32(16)))
+        if n_in % 2:
+            panel[n_pairs * PANEL + r] = int32(int32(i8(codes + r * n_in)[n_in - 1]) & int32(0xFFFF))
+
+
+@entry(3)
+def rows_int8(w, row, y):
+    """Decode one row into float32."""
+    w, y = i64(w), f32(y)
+    codes, scale = i8(w[W_PART_0] + row * w[W_N_IN]), f32(w[W_PART_1])[row]
+    for i in range(w[W_N_IN]):
+        y[i] = float32(codes[i]) * scale
+
+
+@entry(7)
+def matmul_f32(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Plain float32 [n_out, n_in]."""
+    w, xs = i64(w), i64(x)
+    n_in = w[W_N_IN]
+    if n_tokens < TILE:
+        for row in range(row_begin, row_end):
+            values = f32(w[W_PART_0] + row * n_in * 4)
+            for token in range(n_tokens):
+                source = f32(xs[X_FLOAT] + token * xs[X_FLOAT_STRIDE] * 4)
+                total = float32(0)
+                for i in range(n_in):
+                    total += values[i] * source[i]
+                f32(y)[token * y_stride + row] = total
+        return
+    panel = f32(xs[X_PANEL])
+    for row in range(row_begin, row_end, PANEL):
+        n_rows = min(PANEL, row_end - row)
+        pack_f32(w[W_PART_0] + row * n_in * 4, n_in, n_rows, xs[X_PANEL])
+        matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
+
+
+@njit(**FAST)
+def pack_f32(values, n_in, n_rows, panel):
+    """Spread rows over lanes: panel[i, row] = values[row, i]."""
+    never_inline()
+    values, panel = i32(values), i32(panel)
+    for r in range(n_rows):
+        for i in range(n_in):
+            panel[i * PANEL + r] = values[r * n_in + i]
+
+
+@entry(3)
+def rows_f32(w, row, y):
+    """Copy one row."""
+    w, y = i64(w), f32(y)
+    values = f32(w[W_PART_0] + row * w[W_N_IN] * 4)
+    for i in range(w[W_N_IN]):
+        y[i] = values[i]
+
+
+@entry(7)
+def matmul_f16(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """float16 [n_out, n_in], widened as it streams by."""
+    w, xs = i64(w), i64(x)
+    n_in = w[W_N_IN]
+    if n_tokens < TILE:
+        for row in range(row_begin, row_end):
+            values = u16(w[W_PART_0] + row * n_in * 2)
+            for token in range(n_tokens):
+                source = f32(xs[X_FLOAT] + token * xs[X_FLOAT_STRIDE] * 4)
+                total = float32(0)
+                for i in range(n_in):
+                    total += half(values[i]) * source[i]
+                f32(y)[token * y_stride + row] = total
+        return
+    panel = f32(xs[X_PANEL])
+    for row in range(row_begin, row_end, PANEL):
+        n_rows = min(PANEL, row_end - row)
+        for r in range(n_rows):
+            values = u16(w[W_PART_0] + (row + r) * n_in * 2)
+            for i in range(n_in):
+                panel[i * PANEL + r] = half(values[i])
+        matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
+
+
+@entry(3)
+def rows_f16(w, row, y):
+    """Decode one row into float32."""
+    w, y = i64(w), f32(y)
+    values = u16(w[W_PART_0] + row * w[W_N_IN] * 2)
+    for i in range(w[W_N_IN]):
+        y[i] = half(values[i])
+
+
+@entry(7)
+def matmul_int4(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes 0..15 in groups of 32 times int16 activations: per group scale * sum(code * x) + minimum * sum(x)."""
+    w, xs = i64(w), i64(x)
+    n_groups = (w[W_N_IN] + 31) // 32
+    x_scales = f32(xs[X_SCALES])
+    if n_tokens < TILE:
+        for row in range(row_begin, row_end):
+            codes = w[W_PART_0] + row * n_groups * 16
+            scales, minimums = w[W_PART_1] + row * n_groups * 2, u16(w[W_PART_2] + row * n_groups * 2)
+            for token in range(n_tokens):
+                source, sums = xs[X_CODES] + token * xs[X_STRIDE] * 2, f32(xs[X_SUMS] + token * xs[X_STRIDE] // 32 * 4)
+                total = dot_i4(codes, scales, source, n_groups)
+                for group in range(n_groups):
+                    total += half(minimums[group]) * sums[group]
+                f32(y)[token * y_stride + row] = total * x_scales[token]
+        return
+    for row in range(row_begin, row_end, PANEL):
+        n_rows = min(PANEL, row_end - row)
+        for r in range(n_rows):
+            unpack_int4(w, row + r, xs[X_PANEL] + r * 4, PANEL, w[W_N_IN])
+        matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, w[W_N_IN])
+
+
+@njit(**FAST)
+def unpack_int4(w, row, y, step, n_in):
+    """Decode a row into the floats y[0], y[step], y[2 step], ..."""
+    never_inline()
+    y = f32(y)
+    n_groups = (n_in + 31) // 32
+    codes = u8(w[W_PART_0] + row * n_groups * 16)
+    scales, minimums = u16(w[W_PART_1] + row * n_groups * 2), u16(w[W_PART_2] + row * n_groups * 2)
+    for i in range(n_in):
+        group, j = i // 32, i % 32
+        code = codes[group * 16 + j % 16] >> (j // 16 * 4) & 15
+        y[i * step] = float32(code) * half(scales[group]) + half(minimums[group])
+
+
+@entry(3)
+def rows_int4(w, row, y):
+    """Decode one row into float32."""
+    unpack_int4(i64(w), row, y, 1, i64(w)[W_N_IN])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads: work is cut into phases, a phase into chunks, and whoever is free takes the next chunk
+#
+# A phase ends when its chunks are done, not when every thread has come by: a thread that the operating system
+# has put aside, or that is slower than the others, holds nobody up unless it is inside a chunk. What a thread computes
+# for itself before it takes a chunk may be garbage if the phase is over by then, but then it gets no chunk.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _atomic(operation: str) -> Any:
+    """Return an intrinsic (address, operand) -> old value."""
+
+    @intrinsic
+    def update(typing_context: Any, address: Any, operand: Any) -> Any:
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            return b.atomic_rmw(operation, b.inttoptr(arguments[0], ir.IntType(64).as_pointer()), arguments[1], "seq_cst")
+
+        return int64(int64, int64), build
+
+    return update
+
+
+atomic_add, atomic_exchange = _atomic("add"), _atomic("xchg")
+
+
+@intrinsic
+def atomic_load(typing_context: Any, address: Any) -> Any:
+    """Read an int64 that other threads write; what they wrote before it is visible after."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return b.load_atomic(b.inttoptr(arguments[0], ir.IntType(64).as_pointer()), "seq_cst", 8)
+
+    return int64(int64), build
+
+
+@intrinsic
+def atomic_replace(typing_context: Any, address: Any, old: Any, new: Any) -> Any:
+    """Write new if the int64 still is old; return whether it was."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        address, old, new = arguments
+        pointer = b.inttoptr(address, ir.IntType(64).as_pointer())
+        return b.extract_value(b.cmpxchg(pointer, old, new, "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(int64, int64, int64), build
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell the processor that this is a waiting loop."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        if X86:
+            name = "llvm.x86.sse2.pause"
+            b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), name), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+SPINS = 256  # about 5 us: longer than a phase's threads differ, shorter than anybody else misses the processor
+
+
+@njit(**FAST)
+def wait_turn(team, turns):
+    """Wait a little: spin at first, then let other processes run."""
+    if turns < SPINS:
+        pause()
+    else:
+        call_yield(i64(team)[T_YIELD])
+
+
+@njit(**FAST)
+def is_over(team, phase):
+    """Tell whether all chunks of a phase are done."""
+    return (atomic_load(team + T_TICKET * 8) >> 32) > phase
+
+
+@njit(**FAST)
+def take_chunk(team, phase, n_chunks):
+    """Return the next chunk of a phase, or -1 when none is left."""
+    while True:
+        ticket = atomic_load(team + T_TICKET * 8)
+        chunk = ticket & 0xFFFFFFFF
+        if ticket >> 32 != phase or chunk >= n_chunks:
+            return -1
+        if atomic_replace(team + T_TICKET * 8, ticket, ticket + 1):
+            return chunk
+
+
+@njit(**FAST)
+def next_chunk(team, phase, n_chunks):
+    """Count a chunk as done, opening the next phase after the last, and return another one or -1."""
+    if atomic_add(team + T_DONE * 8, 1) == n_chunks - 1:
+        atomic_exchange(team + T_DONE * 8, 0)
+        atomic_exchange(team + T_TICKET * 8, (phase + 1) << 32)
+        return -1
+    return take_chunk(team, phase, n_chunks)
+
+
+@njit(**FAST)
+def finish_phase(team, phase):
+    """Wait until all chunks of a phase are done and return the next phase."""
+    never_inline()
+    turns = 0
+    while not is_over(team, phase):
+        wait_turn(team, turns)
+        turns += 1
+    return phase + 1
+
+
+@entry(3)
+def run_team(team, kernel, argument):
+    """Open a job for the workers, take part in it as thread 0, close it, and wait until all have left."""
+    record = i64(team)
+    record[T_ENTRY], record[T_ARGUMENT] = kernel, argument
+    record[T_TICKET], record[T_DONE] = 0, 0
+    job = (record[T_JOB] >> 32) + 1  # odd
+    atomic_exchange(team + T_JOB * 8, job << 32)
+    call_entry(kernel, (argument, 0))
+    atomic_add(team + T_JOB * 8, 1 << 32)  # even: nobody can enter any more
+    turns = 0
+    while atomic_load(team + T_JOB * 8) & 0xFFFFFFFF:
+        wait_turn(team, turns)
+        turns += 1
+
+
+@entry(2, int64)
+def work_for_team(team, thread):
+    """Take part in jobs; return 1 to be parked after a time without any, 0 when the team is closing."""
+    record, job_word, state = i64(team), team + T_JOB * 8, team + (T_STATES + thread * T_STRIDE) * 8
+    last, turns = 0, 0
+    while True:
+        word = atomic_load(job_word)
+        job = word >> 32
+        if record[T_CLOSING]:
+            return 0
+        if job & 1 and job != last:
+            if atomic_replace(job_word, word, word + 1):
+                last = job
+                call_entry(record[T_ENTRY], (record[T_ARGUMENT], thread))
+                atomic_add(job_word, -1)
+                turns = 0
+            continue
+        wait_turn(team, turns)
+        turns += 1
+        if turns > SPINS + record[T_PATIENCE]:
+            atomic_exchange(state, 1)
+            return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**FAST)
+def softmax(x, n):
+    """Turn n scores into weights, but for the division: return the inverse of their sum."""
+    never_inline()
+    top = largest(x, n, False)
+    x, total = f32(x), float32(0)
+    for i in range(n):
+        x[i] = exp(x[i] - top)
+        total += x[i]
+    return float32(1) / total
+
+
+@njit(**FAST)
+def attend(q, keys, values, n_positions, head_dim, scores, y):
+    """One token and head over n_positions keys and values [n_positions, head_dim]; q is scaled already."""
+    never_inline()
+    query, weights, y = f32(q), f32(scores), f32(y)
+    for position in range(n_positions):
+        key = f32(keys + position * head_dim * 4)
+        total = float32(0)
+        for i in range(head_dim):
+            total += query[i] * key[i]
+        weights[position] = total
+    factor = softmax(scores, n_positions)
+    for i in range(head_dim):
+        y[i] = 0
+    for position in range(n_positions):
+        value = f32(values + position * head_dim * 4)
+        weight = weights[position] * factor
+        for i in range(head_dim):
+            y[i] += weight * value[i]
+
+
+@njit(**FAST)
+def attend_tiles(q, q_stride, keys, values, first_position, n_tokens, head_dim, scratch, y, y_stride):
+    """Do n_tokens >= TILE neighbours of one head: both products are matrices, multiplied by tiles of tokens.
+
+    Only TILE rows of the scores exist at a time. The keys are spread over lanes once; the values, [position, dim],
+    lie as a panel must already. Strides in bytes; head_dim is a multiple of PANEL.
+    """
+    never_inline()
+    n_positions = first_position + n_tokens
+    n_panels = (n_positions + PANEL - 1) // PANEL
+    for panel in range(n_panels):
+        begin = panel * PANEL
+        n_rows = min(PANEL, n_positions - begin)
+        pack_f32(keys + begin * head_dim * 4, head_dim, n_rows, scratch + begin * head_dim * 4)
+    scores = scratch + n_panels * PANEL * head_dim * 4
+    stride = n_panels * PANEL * 4
+    for begin in range(0, n_tokens, TILE):
+        first = min(begin, n_tokens - TILE)
+        seen = first_position + first + TILE  # positions that the tile's last token sees
+        for panel in range((seen + PANEL - 1) // PANEL):
+            lines = scratch + panel * PANEL * head_dim * 4
+            tile_f32(lines, PANEL * 4, q + first * q_stride, q_stride, head_dim, scores + panel * PANEL * 4, stride)
+        for t in range(TILE):
+            row = scores + t * stride
+            visible = seen - TILE + t + 1
+            factor = softmax(row, visible)
+            weights = f32(row)
+            for i in range(visible):
+                weights[i] *= factor
+            for i in range(visible, seen):
+                weights[i] = 0
+        for i in range(0, head_dim, PANEL):
+            tile_f32(values + i * 4, head_dim * 4, scores, stride, seen, y + first * y_stride + i * 4, y_stride)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network: each thread calls `forward` with the same program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit(**FAST)
+def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
+    """Make the activations that a matrix takes: LayerNorm if there is a gain, integers if the matrix wants them.
+
+    A few tokens are done by every thread for itself, which is sooner than meeting twice; many are shared out.
+    Returns the address of the thread's activation record and the next phase.
+    """
+    never_inline()
+    p = i64(p)
+    few = n_tokens < TILE
+    address = (p[P_OWN] if few else p[P_SHARED]) + thread * X_SIZE * 8
+    x = i64(address)
+    x[X_FLOAT], x[X_FLOAT_STRIDE] = source, stride
+    if gain:
+        x[X_FLOAT], x[X_FLOAT_STRIDE] = x[X_NORM], p[P_N_EMBD]
+    if few:
+        if not is_over(p[P_TEAM], phase):
+            for token in range(n_tokens):
+                make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token)
+        return address, phase
+    n_chunks = (n_tokens + TILE - 1) // TILE
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        for token in range(chunk * TILE, min(chunk * TILE + TILE, n_tokens)):
+            make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token)
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return address, finish_phase(p[P_TEAM], phase)
+
+
+@njit(**FAST)
+def make_activation(p, x, source, gain, bias, matrix, token):
+    """Do one token of `take_input`."""
+    never_inline()
+    w = i64(matrix)
+    if gain:
+        epsilon = float_of_bits(int32(p[P_EPSILON]))
+        layer_norm(source, gain, bias, epsilon, i64(x)[X_NORM] + token * w[W_N_IN] * 4, w[W_N_IN])
+    if w[W_LEVELS]:
+        quantize(x, token, w[W_N_IN], w[W_LEVELS])
+
+
+@njit(**FAST)
+def rows_of_chunk(p, matrix, n_tokens):
+    """Into how many rows at a time a matrix is cut: a tile for many tokens, an even share for few."""
+    if n_tokens >= TILE:
+        return PANEL
+    share = (i64(matrix)[W_N_OUT] + p[P_CHUNKS] - 1) // p[P_CHUNKS]
+    return min((share + 15) // 16 * 16, 1024)
+
+
+@njit(**FAST)
+def multiply(matrix, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Call the matrix's own kernel."""
+    call_matmul(i64(matrix)[W_MATMUL], (matrix, x, y, y_stride, n_tokens, row_begin, row_end))
+
+
+@njit(**FAST)
+def embed(p, phase):
+    """x = wte[id] + wpe[position]."""
+    p = i64(p)
+    n_embd, n_tokens = p[P_N_EMBD], p[P_N_TOKENS]
+    n_chunks = (n_tokens + TILE - 1) // TILE
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        for token in range(chunk * TILE, min(chunk * TILE + TILE, n_tokens)):
+            x, y = p[P_X] + token * n_embd * 4, p[P_Y] + token * p[P_Y_STRIDE] * 4
+            call_rows(i64(p[P_WTE])[W_ROWS], (p[P_WTE], i64(p[P_IDS])[token], x))
+            call_rows(i64(p[P_WPE])[W_ROWS], (p[P_WPE], i64(p[P_POSITIONS])[token], y))
+            for i in range(n_embd):
+                f32(x)[i] += f32(y)[i]
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**FAST)
+def attention(program, layer, thread, phase):
+    """z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business."""
+    p, l = i64(program), i64(layer)
+    n_tokens, n_head = p[P_N_TOKENS], l[L_N_HEAD]
+    x, phase = take_input(
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], l[L_LN_1], l[L_LN_1_BIAS], l[L_C_ATTN]
+    )
+    head = take_chunk(p[P_TEAM], phase, n_head)
+    while head >= 0:
+        attend_head(p, l, thread, x, head)
+        head = next_chunk(p[P_TEAM], phase, n_head)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**FAST)
+def attend_head(p, l, thread, x, head):
+    """Do one head of `attention` for all tokens: new keys and values go to the cache first."""
+    never_inline()
+    never_inline()
+    head_dim, n_tokens, n_head = p[P_HEAD_DIM], p[P_N_TOKENS], l[L_N_HEAD]
+    row, width = head * head_dim, n_head * head_dim
+    y_stride, z_stride = p[P_Y_STRIDE], p[P_Z_STRIDE]
+    for part in range(3):
+        begin = part * width + row
+        multiply(l[L_C_ATTN], x, p[P_Y], y_stride, n_tokens, begin, begin + head_dim)
+    positions, sequences = i64(p[P_POSITIONS]), i64(p[P_SEQUENCES])
+    bias, scale = f32(l[L_C_ATTN_BIAS]), float_of_bits(int32(l[L_ATTN_SCALE]))
+    head_bytes = p[P_N_POSITIONS] * head_dim * 4
+    for token in range(n_tokens):
+        at = (sequences[token] * n_head + head) * head_bytes + positions[token] * head_dim * 4
+        y, key, value = f32(p[P_Y] + token * y_stride * 4), f32(l[L_KEYS] + at), f32(l[L_VALUES] + at)
+        for i in range(row, row + head_dim):
+            y[i] = (y[i] + bias[i]) * scale
+            key[i - row] = y[i + width] + bias[i + width]
+            value[i - row] = y[i + 2 * width] + bias[i + 2 * width]
+    runs, scratch = i64(p[P_RUNS]), p[P_SCORES] + thread * p[P_SCORES_STRIDE] * 4
+    for run in range(p[P_N_RUNS]):
+        begin, end = runs[run], runs[run + 1]
+        at = (sequences[begin] * n_head + head) * head_bytes
+        keys, values = l[L_KEYS] + at, l[L_VALUES] + at
+        q, z = p[P_Y] + (begin * y_stride + row) * 4, p[P_Z] + (begin * z_stride + row) * 4
+        if end - begin >= TILE and head_dim % PANEL == 0:
+            first = positions[begin]
+            attend_tiles(q, y_stride * 4, keys, values, first, end - begin, head_dim, scratch, z, z_stride * 4)
+        else:
+            for i in range(end - begin):
+                seen = positions[begin + i] + 1
+                attend(q + i * y_stride * 4, keys, values, seen, head_dim, scratch, z + i * z_stride * 4)
+
+
+@njit(**FAST)
+def add_projection(program, thread, phase, matrix, bias):
+    """x += c_proj(z) + bias, the end of both halves of a block."""
+    never_inline()
+    p = i64(program)
+    n_tokens = p[P_N_TOKENS]
+    x, phase = take_input(program, thread, phase, n_tokens, p[P_Z], p[P_Z_STRIDE], 0, 0, matrix)
+    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
+    n_chunks = (n_out + step - 1) // step
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        begin, end = chunk * step, min(chunk * step + step, n_out)
+        multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
+        for token in range(n_tokens):
+            to, y = f32(p[P_X] + token * n_out * 4), f32(p[P_Y] + token * p[P_Y_STRIDE] * 4)
+            for i in range(begin, end):
+                to[i] += y[i] + f32(bias)[i]
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**FAST)
+def mlp_hidden(program, layer, thread, phase):
+    """z = activation_function(c_fc(ln_2(x)))."""
+    p, l = i64(program), i64(layer)
+    n_tokens, matrix = p[P_N_TOKENS], l[L_C_FC]
+    x, phase = take_input(program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], l[L_LN_2], l[L_LN_2_BIAS], matrix)
+    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
+    n_chunks = (n_out + step - 1) // step
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        begin, end = chunk * step, min(chunk * step + step, n_out)
+        multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
+        for token in range(n_tokens):
+            y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
+            activate(p[P_ACTIVATION], y, l[L_C_FC_BIAS] + begin * 4, z, end - begin)
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**FAST)
+def logits(program, thread, phase):
+    """logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of z first."""
+    p = i64(program)
+    n_keep, n_embd, matrix = p[P_N_KEEP], p[P_N_EMBD], p[P_LM_HEAD]
+    chunk = take_chunk(p[P_TEAM], phase, 1)
+    while chunk >= 0:
+        for i in range(n_keep):
+            x, z = f32(p[P_X] + i64(p[P_KEEP])[i] * n_embd * 4), f32(p[P_Z] + i * p[P_Z_STRIDE] * 4)
+            for j in range(n_embd):
+                z[j] = x[j]
+        chunk = next_chunk(p[P_TEAM], phase, 1)
+    phase = finish_phase(p[P_TEAM], phase)
+    x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
+    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_keep)
+    n_chunks = (n_out + step - 1) // step
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        multiply(matrix, x, p[P_LOGITS], n_out, n_keep, chunk * step, min(chunk * step + step, n_out))
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@entry(2)
+def forward(program, thread):
+    """GPT-2 over the program's tokens: writes their keys and values to the cache and the wanted logits."""
+    p = i64(program)
+    phase = embed(program, 0)
+    for i in range(p[P_N_LAYER]):
+        layer = p[P_LAYERS] + i * L_SIZE * 8
+        l = i64(layer)
+        phase = attention(program, layer, thread, phase)
+        phase = add_projection(program, thread, phase, l[L_ATTN_C_PROJ], l[L_ATTN_C_PROJ_BIAS])
+        phase = mlp_hidden(program, layer, thread, phase)
+        phase = add_projection(program, thread, phase, l[L_MLP_C_PROJ], l[L_MLP_C_PROJ_BIAS])
+    if p[P_N_KEEP]:
+        logits(program, thread, phase)

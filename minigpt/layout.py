@@ -1,0 +1,106 @@
+"""Where things stand in the records of int64 that Python fills and the compiled kernels read.
+
+A kernel takes addresses and integers only. What would be structs in C are rows of int64 here: an address,
+a count, or the bits of a float32. Every name is the index of its field. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
+
+# A matrix [n_out, n_in]: the descriptor that a kernel is handed. Parts stand in the order of their encoding.
+(
+    W_MATMUL,  # address of the kernel `matmul_<encoding>`
+    W_ROWS,  # address of the kernel `rows_<encoding>`
+    W_N_OUT,
+    W_N_IN,
+    W_LEVELS,  # largest magnitude of its int16 activations; 0: it takes float32 ones
+    W_PART_0,
+    W_PART_1,
+    W_PART_2,
+    W_SIZE,
+) = range(9)
+
+# Activations [n_tokens, n_in]: what a matrix is multiplied with. One record per thread.
+(
+    X_FLOAT,  # float32 [n_tokens, X_FLOAT_STRIDE]
+    X_FLOAT_STRIDE,
+    X_CODES,  # int16 [n_tokens, X_STRIDE], zeros beyond n_in; the float is code * scale
+    X_SCALES,  # float32 [n_tokens]
+    X_SUMS,  # float32 [n_tokens, X_STRIDE / 32]: sums of 32 codes, for encodings with a minimum per group
+    X_STRIDE,  # a multiple of 64, n_in or more
+    X_NORM,  # float32 [n_tokens, n_embd]: where this record's LayerNorm writes
+    X_PANEL,  # the thread's scratch: 4 bytes [largest n_in, PANEL], a tile of the matrix unpacked
+    X_TILE,  # the thread's scratch: 4 bytes [TILE, PANEL], the products of one tile
+    X_SIZE,
+) = range(10)
+
+# A transformer block. Matrices are addresses of descriptors, vectors addresses of float32.
+(
+    L_LN_1,
+    L_LN_1_BIAS,
+    L_C_ATTN,
+    L_C_ATTN_BIAS,
+    L_ATTN_C_PROJ,
+    L_ATTN_C_PROJ_BIAS,
+    L_LN_2,
+    L_LN_2_BIAS,
+    L_C_FC,
+    L_C_FC_BIAS,
+    L_MLP_C_PROJ,
+    L_MLP_C_PROJ_BIAS,
+    L_N_HEAD,
+    L_ATTN_SCALE,  # bits of a float32
+    L_KEYS,  # float32 [n_sequences, n_head, n_positions, head_dim]
+    L_VALUES,
+    L_SIZE,
+) = range(17)
+
+# A call of `forward`.
+(
+    P_TEAM,  # address of the team's record
+    P_N_TOKENS,
+    P_IDS,  # int64 [n_tokens]
+    P_POSITIONS,  # int64 [n_tokens]
+    P_SEQUENCES,  # int64 [n_tokens]
+    P_N_RUNS,
+    P_RUNS,  # int64 [n_runs + 1]: run i is the tokens RUNS[i]..RUNS[i + 1], neighbours in one sequence
+    P_N_KEEP,
+    P_KEEP,  # int64 [n_keep]: the tokens whose logits are wanted
+    P_LOGITS,  # float32 [n_keep, vocab_size]
+    P_N_LAYER,
+    P_LAYERS,  # int64 [n_layer, L_SIZE]
+    P_WTE,
+    P_WPE,
+    P_LN_F,
+    P_LN_F_BIAS,
+    P_LM_HEAD,
+    P_N_EMBD,
+    P_HEAD_DIM,
+    P_N_POSITIONS,  # of the cache
+    P_EPSILON,  # bits of a float32
+    P_ACTIVATION,  # index of the activation function in ACTIVATION_FUNCTIONS
+    P_CHUNKS,  # into how many pieces the rows of a matrix are cut
+    P_X,  # float32 [n_tokens, n_embd]: the residual stream
+    P_Y,  # float32 [n_tokens, P_Y_STRIDE]: what a matrix gave
+    P_Y_STRIDE,
+    P_Z,  # float32 [n_tokens, P_Z_STRIDE]: what the next matrix takes
+    P_Z_STRIDE,
+    P_OWN,  # int64 [n_threads, X_SIZE]: activations that each thread makes for itself (few tokens)
+    P_SHARED,  # int64 [n_threads, X_SIZE]: activations that the threads make together (many tokens)
+    P_SCORES,  # float32 [n_threads, P_SCORES_STRIDE]: attention's scratch
+    P_SCORES_STRIDE,
+    P_SIZE,
+) = range(33)
+
+# The team of threads: fields 16 apart, so that each has cache lines of its own.
+T_JOB = 0  # job number << 32 | threads inside; an odd number is open
+T_TICKET = 16  # phase << 32 | next chunk to hand out
+T_DONE = 32  # chunks of the phase that are finished
+T_ENTRY = 48  # address of the kernel to run, called with (T_ARGUMENT, thread)
+T_ARGUMENT = 49
+T_YIELD = 50  # address of the operating system's "let others run"
+T_PATIENCE = 51  # how many times a worker without a job yields before it parks
+T_CLOSING = 52  # not 0: workers leave
+T_STATES = 64  # one field per thread, 16 apart: 0 awake, 1 parked
+T_STRIDE = 16

@@ -1,0 +1,256 @@
+"""`Program`: a Checkpoint laid out for the compiled `forward`, as records of addresses (`layout.py`).
+
+It owns the scratch memory and the team of threads, keeps alive every array whose address it handed out, and does
+no arithmetic. Callers must have checked ids, positions and sequences: the kernels do not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from minigpt import layout, ops
+from minigpt.checkpoint import Checkpoint
+from minigpt.encodings import Weight
+from minigpt.team import Team
+
+if TYPE_CHECKING:
+    from minigpt.model import KVCache
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+CHUNKS_PER_THREAD = 4  # of a matrix: few enough to cost nothing, enough for a slower thread to take fewer
+TILE, PANEL = 12, 32  # tokens and rows of a tile on the machine with the widest vectors: scratch must suffice there
+LINE = 64  # bytes
+
+
+class Program:
+    """A model ready for `forward`.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Its arrays are used where they are.
+    n_threads : int, optional
+        See `Team`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None) -> None:
+        self.team = Team(n_threads)
+        self._config, self._weights = checkpoint.config, checkpoint.weights
+        self._forward = _address("forward")
+        self._matrices: dict[int, NDArray[np.int64]] = {}  # descriptors, by the identity of their Weight
+        self._layers = np.zeros((self._config.n_layer, layout.L_SIZE), np.int64)
+        self._fields = np.zeros(layout.P_SIZE, np.int64)
+        self._room = 0  # tokens that there is scratch memory for
+        self._cache: Any = lambda: None  # weak reference to the cache that the layers point to
+        self._describe_layers()
+        self._describe_model()
+
+    def run(self, ids: Ids, positions: Ids, sequences: Ids, cache: KVCache, keep: Ids) -> Floats:
+        """Run tokens through the network and write their keys and values to the cache.
+
+        Parameters
+        ----------
+        ids, positions, sequences : ndarray of shape (n_tokens,), dtype=int64
+            Tokens of one sequence stand next to each other, at successive positions.
+        cache : KVCache
+            Its lengths are left to the caller, its arrays must stay the same.
+        keep : ndarray of shape (n_keep,), dtype=int64
+            The tokens whose logits are wanted.
+
+        Returns
+        -------
+        ndarray of shape (n_keep, vocab_size), dtype=float32
+        """
+        n_tokens, n_keep = len(ids), len(keep)
+        logits = np.empty((n_keep, self._config.vocab_size), np.float32)
+        with self.team.lock:
+            if n_tokens > self._room:
+                self._allocate(n_tokens)
+            if self._cache() is not cache:
+                self._point_to(cache)
+            self._tokens[:3, :n_tokens] = ids, positions, sequences
+            self._tokens[3, :n_keep] = keep
+            starts = [0] if n_tokens == 1 else [0, *(np.flatnonzero(np.diff(sequences)) + 1)]
+            self._runs[: len(starts) + 1] = [*starts, n_tokens]
+            fields = self._fields
+            fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP] = n_tokens, n_keep
+            fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = len(starts), logits.ctypes.data
+            self.team.run(self._forward, fields.ctypes.data)
+        return logits
+
+    def _describe_model(self) -> None:
+        """Fill in what stays the same from call to call."""
+        config = self._config
+        self._fill(
+            P_TEAM=self.team.address,
+            P_N_LAYER=config.n_layer,
+            P_LAYERS=self._layers.ctypes.data,
+            P_WTE=self._matrix("wte.weight"),
+            P_WPE=self._matrix("wpe.weight"),
+            P_LN_F=self._vector("ln_f.weight"),
+            P_LN_F_BIAS=self._vector("ln_f.bias"),
+            P_LM_HEAD=self._matrix("lm_head.weight"),
+            P_N_EMBD=config.n_embd,
+            P_HEAD_DIM=config.head_dim,
+            P_N_POSITIONS=config.n_positions,
+            P_EPSILON=_bits(config.layer_norm_epsilon),
+            P_ACTIVATION=layout.ACTIVATION_FUNCTIONS.index(config.activation_function),
+            P_CHUNKS=1 if self.team.n_threads == 1 else CHUNKS_PER_THREAD * self.team.n_threads,
+        )
+
+    def _describe_layers(self) -> None:
+        for i, layer in enumerate(self._layers):
+            name = f"h.{i}."
+            layer[: layout.L_N_HEAD] = [
+                self._vector(name + "ln_1.weight"),
+                self._vector(name + "ln_1.bias"),
+                self._matrix(name + "attn.c_attn.weight"),
+                self._vector(name + "attn.c_attn.bias"),
+                self._matrix(name + "attn.c_proj.weight"),
+                self._vector(name + "attn.c_proj.bias"),
+                self._vector(name + "ln_2.weight"),
+                self._vector(name + "ln_2.bias"),
+                self._matrix(name + "mlp.c_fc.weight"),
+                self._vector(name + "mlp.c_fc.bias"),
+                self._matrix(name + "mlp.c_proj.weight"),
+                self._vector(name + "mlp.c_proj.bias"),
+            ]
+            layer[layout.L_N_HEAD] = self._config.n_head[i]
+            layer[layout.L_ATTN_SCALE] = _bits(self._config.attn_scale[i])
+
+    def _vector(self, name: str) -> int:
+        (values,) = self._weights[name].parts.values()
+        return values.ctypes.data
+
+    def _matrix(self, name: str) -> int:
+        """Return the address of a matrix's descriptor."""
+        weight = self._weights[name]
+        if id(weight) not in self._matrices:
+            self._matrices[id(weight)] = describe(weight)
+        return self._matrices[id(weight)].ctypes.data
+
+    def _fill(self, **fields: int) -> None:
+        for name, value in fields.items():
+            self._fields[getattr(layout, name)] = value
+
+    def _allocate(self, n_tokens: int) -> None:
+        """Make scratch memory for this many tokens."""
+        config, n_threads = self._config, self.team.n_threads
+        room = max(n_tokens, TILE)
+        n_attention = max(config.n_head) * config.head_dim
+        n_y = _padded(max(3 * n_attention, config.n_embd, *config.n_inner))
+        n_z = _padded(max(n_attention, config.n_embd, *config.n_inner))
+        n_scores = _padded(config.n_positions) * (config.head_dim + TILE)
+        self._tokens = np.zeros((4, room), np.int64)
+        self._runs = np.zeros(room + 1, np.int64)
+        self._x, self._y, self._z = aligned((room, config.n_embd)), aligned((room, n_y)), aligned((room, n_z))
+        self._scores = aligned((n_threads, n_scores))
+        panels, tiles = aligned((n_threads, n_z * PANEL)), aligned((n_threads, TILE * PANEL))
+        self._own = [Activations(TILE, n_z, config.n_embd, *scratch) for scratch in zip(panels, tiles, strict=True)]
+        shared = Activations(room, n_z, config.n_embd, panels[0], tiles[0])
+        self._shared = [shared.with_scratch(*scratch) for scratch in zip(panels, tiles, strict=True)]
+        self._activations = np.array([[a.record for a in self._own], [a.record for a in self._shared]])
+        ids, positions, sequences, keep = (row.ctypes.data for row in self._tokens)
+        self._fill(
+            P_IDS=ids,
+            P_POSITIONS=positions,
+            P_SEQUENCES=sequences,
+            P_KEEP=keep,
+            P_RUNS=self._runs.ctypes.data,
+            P_X=self._x.ctypes.data,
+            P_Y=self._y.ctypes.data,
+            P_Y_STRIDE=n_y,
+            P_Z=self._z.ctypes.data,
+            P_Z_STRIDE=n_z,
+            P_OWN=self._activations[0].ctypes.data,
+            P_SHARED=self._activations[1].ctypes.data,
+            P_SCORES=self._scores.ctypes.data,
+            P_SCORES_STRIDE=n_scores,
+        )
+        self._room = room
+
+    def _point_to(self, cache: KVCache) -> None:
+        self._layers[:, layout.L_KEYS] = [k.ctypes.data for k in cache.k]
+        self._layers[:, layout.L_VALUES] = [v.ctypes.data for v in cache.v]
+        self._cache = weakref.ref(cache)
+
+
+class Activations:
+    """Memory for what a matrix is multiplied with, and its record for the kernels.
+
+    Parameters
+    ----------
+    n_tokens, n_in, n_embd : int
+        The most that must fit; n_in is a multiple of 64.
+    panel, tile : ndarray, dtype=float32
+        Scratch of a thread: an unpacked tile of the matrix, n_in * PANEL, and its products, TILE * PANEL.
+    """
+
+    def __init__(self, n_tokens: int, n_in: int, n_embd: int, panel: Floats, tile: Floats) -> None:
+        self._codes, self._scales = aligned((n_tokens, n_in), np.int16), aligned((n_tokens,))
+        self._sums, self._norm = aligned((n_tokens, n_in // 32)), aligned((n_tokens, n_embd))
+        self.record = np.zeros(layout.X_SIZE, np.int64)
+        self.record[layout.X_CODES] = self._codes.ctypes.data
+        self.record[layout.X_SCALES] = self._scales.ctypes.data
+        self.record[layout.X_SUMS] = self._sums.ctypes.data
+        self.record[layout.X_STRIDE] = n_in
+        self.record[layout.X_NORM] = self._norm.ctypes.data
+        self.record[layout.X_PANEL] = panel.ctypes.data
+        self.record[layout.X_TILE] = tile.ctypes.data
+        self._scratch = panel, tile
+
+    def with_scratch(self, panel: Floats, tile: Floats) -> Activations:
+        """Return the same memory with another thread's scratch."""
+        other = Activations.__new__(Activations)
+        other.__dict__.update(self.__dict__, _scratch=(panel, tile), record=self.record.copy())
+        other.record[layout.X_PANEL] = panel.ctypes.data
+        other.record[layout.X_TILE] = tile.ctypes.data
+        return other
+
+
+def describe(weight: Weight) -> NDArray[np.int64]:
+    """Return the descriptor of a matrix, its kernels compiled; the Weight must outlive it."""
+    n_out, n_in = weight.shape
+    name = weight.encoding.name
+    record = np.zeros(layout.W_SIZE, np.int64)
+    record[layout.W_MATMUL], record[layout.W_ROWS] = _address(f"matmul_{name}"), _address(f"rows_{name}")
+    record[layout.W_N_OUT], record[layout.W_N_IN] = n_out, n_in
+    record[layout.W_LEVELS] = levels(n_in) if weight.encoding.activation == "i16" else 0
+    for i, part in enumerate(weight.encoding.part_dtypes):
+        record[layout.W_PART_0 + i] = weight.parts[part].ctypes.data
+    return record
+
+
+def levels(n_in: int) -> int:
+    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum."""
+    return min(2**15 - 1, (2**31 - 1) // (127 * n_in))
+
+
+def aligned(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Return an empty array that begins with a cache line; memory is claimed where it is written."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE, np.uint8)
+    begin = -memory.ctypes.data % LINE
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _address(name: str) -> int:
+    kernel = ops.kernel(name)
+    assert kernel is not None, "the NumPy backend has no programs"
+    return kernel.address
+
+
+def _bits(value: float) -> int:
+    """Return the bits of a float32 as an integer."""
+    return int(np.float32(value).view(np.int32))
+
+
+def _padded(n: int) -> int:
+    """Round up to a multiple of 64."""
+    return -(-n // 64) * 64
