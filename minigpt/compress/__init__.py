@@ -1,0 +1,3 @@
+"""Compression: a pure function from checkpoint to checkpoint, made of steps, without gradients."""
+
+from __future__ import annotations
