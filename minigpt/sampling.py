@@ -252,8 +252,7 @@ def make_sampler(options: SamplingOptions, sequence: int = 0) -> Sampler:
     rng = np.random.default_rng(None if options.seed is None else (options.seed, sequence))
 
     def sample(logits: Floats, context: Sequence[int]) -> int:
-        if not np.isfinite(logits.max()):
-            raise MinigptError("the model's logits are not finite; check its file with `minigpt verify`")
+        check_finite(logits)
         for row, value in adjust:
             logits = row.apply(logits, value, context)
         if adjust and logits.max() == _NEVER:
@@ -283,11 +282,23 @@ def draw(logits: Floats, rng: np.random.Generator) -> int:
 # ---- on the way --------------------------------------------------------------------------------------------
 
 
+def check_finite(logits: Floats) -> None:
+    """Raise MinigptError if logits of any shape hold NaN or infinity."""
+    if not np.isfinite(logits.max()):
+        raise MinigptError("the model's logits are not finite; check its file with `minigpt verify`")
+
+
 def log_softmax(logits: Floats) -> Floats:
     """Return log-probabilities along the last axis, in float32."""
     shifted: Floats = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
+
+
+def log_probability(logits: Floats, id: int) -> float:
+    """Return the log-probability of one token of `logits` [vocab]."""
+    top = logits.max()
+    return float(logits[id] - top - np.log(np.exp(logits - top).sum()))
 
 
 def largest(values: Floats, k: int) -> Ids:
