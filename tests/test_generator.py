@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from golden.folders import assemble
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt.checkpoint import Config
+from minigpt.converters import convert
 from minigpt.errors import ContextError, MinigptError, OptionError
 from minigpt.generator import Hypothesis, Step, StopStrings, beam_search, generate, score
 from minigpt.model import GPT2
@@ -255,6 +257,67 @@ def test_wide_beams_find_what_exhaustive_search_finds(penalty, stops):
     )
     assert [(h.ids, h.finish_reason) for h in found] == [(h.ids, h.finish_reason) for h in expected]
     np.testing.assert_allclose([h.score for h in found], [h.score for h in expected], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stops", "penalty", "limit", "expected"),
+    [  # transformers 5.24: generate(num_beams=4, num_return_sequences=3, early_stopping="never")
+        (
+            [5, 9],
+            [],
+            2.0,
+            6,
+            [
+                ((229, 217, 123, 123, 267, 267), -0.51169),
+                ((229, 217, 217, 217, 217, 217), -0.51968),
+                ((229, 217, 217, 217, 12, 229), -0.52037),
+            ],
+        ),
+        (
+            [5, 9],
+            [267],
+            -1.0,
+            12,
+            [
+                ((229, 217, 229, 267), -49.59845),
+                ((229, 217, 123, 123, 267), -77.79497),
+                ((229, 217, 123, 90, 267), -78.31219),
+            ],
+        ),
+        (
+            [1, 2, 3],
+            [217, 270],
+            0.0,
+            8,
+            [
+                ((276, 102, 217), -8.57784),
+                ((276, 102, 252, 217), -11.72213),
+                ((276, 102, 298, 266, 217), -14.63535),
+            ],
+        ),
+        (
+            [1, 2, 3],
+            [217, 270],
+            1.0,
+            8,
+            [
+                ((276, 102, 217), -2.85928),
+                ((276, 102, 298, 266, 217), -2.92707),
+                ((276, 102, 252, 217), -2.93053),
+            ],
+        ),
+    ],
+)
+def test_beam_search_equals_transformers(tmp_path, prompt, stops, penalty, limit, expected):
+    source, _ = assemble("base", tmp_path / "source")
+    model = GPT2(convert(source, tmp_path / "model.mgpt"))
+    found = beam_search(
+        model, prompt, n_hypotheses=3, stop_ids=stops, length_penalty=penalty, max_tokens=limit
+    )
+    assert [hypothesis.ids for hypothesis in found] == [ids for ids, _ in expected]
+    np.testing.assert_allclose(
+        [hypothesis.score for hypothesis in found], [x for _, x in expected], rtol=1e-4
+    )
 
 
 def test_one_beam_is_greedy():
