@@ -1,6 +1,17 @@
 """All encodings of matrices: importing the package registers them in `ENCODINGS`."""
 
-from minigpt.encodings import f16, f32, int4, int8  # noqa: F401  (each registers itself)
+from minigpt.encodings import (  # noqa: F401  (each registers itself)
+    bitmap,
+    block,
+    codebook,
+    f16,
+    f32,
+    int4,
+    int8,
+    lowrank,
+    nm,
+)
 from minigpt.encodings.base import ENCODINGS, Encoding, Weight, encode
+from minigpt.encodings.grid import Grid, OnGrid
 
-__all__ = ["ENCODINGS", "Encoding", "Weight", "encode"]
+__all__ = ["ENCODINGS", "Encoding", "Grid", "OnGrid", "Weight", "encode"]

@@ -22,6 +22,8 @@ Floats = NDArray[np.float32]
 Parts = Mapping[str, Array]
 Rows = slice | NDArray[np.integer]  # which rows of a matrix: a range, or ids in any order
 
+ANY = -1  # a size in `part_shapes` that depends on the values: how many of them are not zero, or a rank
+
 ENCODINGS: dict[str, Encoding] = {}
 
 
@@ -40,6 +42,8 @@ class Encoding(ABC):
         The encodings of wte / lm_head and of wpe in a file whose other matrices have this encoding.
     max_error : float
         Bound of |decode(encode(w)) - w| relative to the largest magnitude of the row; the tests hold it.
+    twin : str
+        The plain encoding that `expand` returns and that a sparse matrix must be smaller than.
     """
 
     name: ClassVar[str]
@@ -48,14 +52,25 @@ class Encoding(ABC):
     tables: ClassVar[str]
     positions: ClassVar[str]
     max_error: ClassVar[float]
+    twin: ClassVar[str] = "f32"
 
     def __init_subclass__(cls) -> None:
-        """Register one instance under the subclass's name."""
-        ENCODINGS[cls.name] = cls()
+        """Register one instance under the subclass's name; a common base of several encodings has none."""
+        if "name" in cls.__dict__:
+            ENCODINGS[cls.name] = cls()
 
     @abstractmethod
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every part of a matrix of the given shape."""
+        """Return the shape of every part of a matrix of the given shape; ANY where the values decide."""
+
+    def check(self, parts: Parts, shape: tuple[int, ...]) -> None:  # noqa: B027  (most have nothing to add)
+        """Check what shapes cannot say and kernels rely on, such as indices within their range.
+
+        Raises
+        ------
+        EncodingError
+            If following the parts would lead outside them.
+        """
 
     @abstractmethod
     def encode(self, w: Floats) -> Parts:
@@ -64,6 +79,10 @@ class Encoding(ABC):
     @abstractmethod
     def decode(self, parts: Parts, n_in: int, rows: Rows) -> Floats:
         """Return the chosen rows in float32 [n_rows, n_in]."""
+
+    def expand(self, parts: Parts, shape: tuple[int, ...]) -> Weight:
+        """Return the same values in the encoding `twin`: for a backend without kernels for this one."""
+        return encode(self.decode(parts, shape[-1], slice(None)), self.twin)
 
     def matmul(self, parts: Parts, shape: tuple[int, ...], x: Floats) -> Floats:
         """Multiply x [n_tokens, n_in] by the transpose of the matrix: [n_tokens, n_out], in plain NumPy."""
@@ -97,18 +116,25 @@ class Weight:
         Raises
         ------
         EncodingError
-            If a part is missing, superfluous, or has another dtype or shape than the encoding states.
+            If a part is missing, superfluous, has another dtype or shape than the encoding states, or fails its check.
         """
         shapes = self.encoding.part_shapes(self.shape)
         if list(self.parts) != list(shapes):
-            raise EncodingError(f"{self.encoding.name} needs the parts {list(shapes)}, not {list(self.parts)}")
+            raise EncodingError(
+                f"{self.encoding.name} needs the parts {list(shapes)}, not {list(self.parts)}"
+            )
         for part, array in self.parts.items():
             dtype = np.dtype(self.encoding.part_dtypes[part])
-            if array.dtype != dtype or array.shape != shapes[part]:
+            fits = array.ndim == len(shapes[part]) and all(
+                allowed in (size, ANY) for size, allowed in zip(array.shape, shapes[part], strict=True)
+            )
+            if array.dtype != dtype or not fits:
+                wanted = str(shapes[part]).replace(str(ANY), "any")
                 raise EncodingError(
                     f"part {part!r} of a {self.encoding.name} matrix {self.shape} must be {dtype} "
-                    f"{shapes[part]}, not {array.dtype} {array.shape}"
+                    f"{wanted}, not {array.dtype} {array.shape}"
                 )
+        self.encoding.check(self.parts, self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +148,10 @@ class Weight:
     def rows(self, rows: Rows) -> Floats:
         """Return the chosen rows in float32 [n_rows, n_in]: the embedding lookup."""
         return self.encoding.decode(self.parts, self.shape[-1], rows)
+
+    def expand(self) -> Weight:
+        """Return the same values in the plain encoding `Encoding.twin`."""
+        return self.encoding.expand(self.parts, self.shape)
 
     def matmul(self, x: Floats) -> Floats:
         """Multiply x [n_tokens, n_in] by the transpose: [n_tokens, n_out]."""
@@ -140,7 +170,9 @@ def encode(w: NDArray[np.floating], encoding: str = "f32") -> Weight:
         raise EncodingError(f"unknown encoding {encoding!r}; known: {', '.join(ENCODINGS)}")
     values = np.ascontiguousarray(w, dtype=np.float32)
     if not np.isfinite(values).all():
-        raise EncodingError(f"a matrix {values.shape} holds NaN or infinity; only finite weights can be stored")
+        raise EncodingError(
+            f"a matrix {values.shape} holds NaN or infinity; only finite weights can be stored"
+        )
     parts = dict(ENCODINGS[encoding].encode(values))
     for part in parts.values():
         part.setflags(write=False)
