@@ -24,6 +24,7 @@ from minigpt.model import GPT2
 from minigpt.sampling import log_softmax
 from minigpt.tokenizer import Tokenizer
 
+Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 
@@ -127,7 +128,11 @@ def evaluate(
     OptionError
         If context or stride is out of range, the text is shorter than two tokens, or the vocabularies differ.
     """
-    limit = model.config.n_positions if reference is None else min(model.config.n_positions, reference.config.n_positions)
+    limit = (
+        model.config.n_positions
+        if reference is None
+        else min(model.config.n_positions, reference.config.n_positions)
+    )
     context = limit if context is None else context
     if not 1 <= context <= limit:
         raise OptionError(f"context must be in 1..{limit}, not {context}")
@@ -152,11 +157,10 @@ def evaluate(
         for logits, *expected in zip(*streams, strict=True):
             scored = slice(max(first_scored - done, 0), len(logits))
             wanted = targets[done : done + len(logits)][scored]  # [n]
-            log_p = log_softmax(logits[scored])  # [n, vocab_size]
-            nll -= float(log_p[np.arange(len(wanted)), wanted].sum(dtype=np.float64))
+            nll += _nll(logits[scored], wanted)
             n_tokens, n_bytes = n_tokens + len(wanted), n_bytes + int(lengths[wanted].sum())
             for other in expected:
-                log_q = log_softmax(other[scored])
+                log_p, log_q = log_softmax(logits[scored]), log_softmax(other[scored])  # [n, vocab_size]
                 kl += float((np.exp(log_q) * (log_q - log_p)).sum(dtype=np.float64))
                 agreed += int((log_q.argmax(axis=1) == log_p.argmax(axis=1)).sum())
             done += len(logits)
@@ -179,3 +183,10 @@ def _windows(ids: Ids, context: int, stride: int) -> Iterator[tuple[Ids, Ids, in
     for begin in range(0, len(ids) - context, stride):
         window = ids[begin : begin + context + 1]
         yield window[:-1], window[1:], 0 if begin == 0 else context - min(stride, context)
+
+
+def _nll(logits: Floats, targets: Ids) -> float:
+    """Sum -log softmax over the targets, with one pass of exp over [n, vocab_size]."""
+    peaks = logits.max(axis=1)
+    sums = np.exp(logits - peaks[:, None]).sum(axis=1)
+    return float((np.log(sums) + peaks - logits[np.arange(len(targets)), targets]).sum(dtype=np.float64))

@@ -31,7 +31,8 @@ from minigpt.layout import *  # the indices of record fields: W_ a matrix, X_ ac
 # Reductions may be reordered and multiply-adds fused; NaN and infinity keep their meaning. Division by zero gives
 # infinity: numba's default would raise, and its check keeps loops from being vectorized.
 FAST: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-EXACT: dict[str, Any] = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
+HELP: dict[str, Any] = {**FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+EXACT: dict[str, Any] = {**HELP, "fastmath": {"contract", "nsz"}}
 
 int64, float32, int32 = types.int64, types.float32, types.int32
 
@@ -244,15 +245,18 @@ def _multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
     return b.fadd(b.fmul(a, c, flags=("contract",)), total, flags=("contract",))
 
 
+def _fold(b: Any, vector: Any, n: int) -> Any:
+    """Add halves of a vector to each other until n lanes are left."""
+    add = b.add if vector.type.element == I32 else b.fadd
+    while (lanes := vector.type.count) > n:
+        low = _shuffle(b, vector, vector, list(range(lanes // 2)))
+        vector = add(low, _shuffle(b, vector, vector, list(range(lanes // 2, lanes))))
+    return vector
+
+
 def _sum(b: Any, vector: Any) -> Any:
     """Add up the lanes."""
-    element, n = vector.type.element, vector.type.count
-    while n > 1:  # halves, then halves of halves
-        n //= 2
-        low = _shuffle(b, vector, vector, list(range(n)))
-        high = _shuffle(b, vector, vector, list(range(n, 2 * n)))
-        vector = b.add(low, high) if element == I32 else b.fadd(low, high)
-    return b.extract_element(vector, ir.Constant(I32, 0))
+    return b.extract_element(_fold(b, vector, 1), ir.Constant(I32, 0))
 
 
 def _accumulators(b: Any, kind: Any, n: int) -> list[Any]:
@@ -291,48 +295,73 @@ def dot_i8(typing_context: Any, w: Any, x: Any, n: Any) -> Any:
     return int32(int64, int64, int64), build
 
 
-@intrinsic
-def dot_i4(typing_context: Any, codes: Any, scales: Any, x: Any, n_groups: Any) -> Any:
-    """Return the float32 sum over groups of scale * sum(code * x): 4-bit codes, float16 scales, int16 x.
+GROUPS = VECTOR // 16  # of int4 that fill a vector with one nibble of every byte pair
 
-    A group is 16 bytes: elements 0..15 in the low nibbles, 16..31 in the high ones. Where a register holds
-    two groups, two are done at once and each half of the lanes gets its own group's scale.
+
+@intrinsic
+def dot_i4(typing_context: Any, codes: Any, scales: Any, minimums: Any, x: Any, sums: Any, n_groups: Any) -> Any:
+    """Return the float32 sum over groups of scale * sum(code * x) + minimum * sum(x).
+
+    Seen as 8 words of 16 bits, a group of 16 bytes has four nibbles in each word. One shift and one mask per nibble
+    give int16 lanes without any widening, if x stands in the order of `order_for_i4`.
     """
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        codes, scales, x, n_groups = arguments
+        codes, scales, minimums, x, sums, n_groups = arguments
         constant = lambda v: ir.Constant(n_groups.type, v)  # noqa: E731
-        nibbles = lambda v, groups: ir.Constant(_vector(I8, 16 * groups), [v] * 16 * groups)  # noqa: E731
 
-        def step(group: Any, groups: int, total: Any) -> None:
-            packed = _load(b, _offset(b, codes, group, 16), _vector(I8, 16 * groups))
-            wide = _vector(I16, 16 * groups)
-            low = b.zext(b.and_(packed, nibbles(15, groups)), wide)
-            high = b.zext(b.lshr(packed, nibbles(4, groups)), wide)
-            begin = _offset(b, x, group, 64)
-            halves = [_load(b, _offset(b, begin, 32 * i), _vector(I16, 16)) for i in range(2 * groups)]
-            products = b.add(
-                _multiply_pairs(b, low, _concatenate(b, halves[::2])),
-                _multiply_pairs(b, high, _concatenate(b, halves[1::2])),
-            )
+        def step(group: Any, groups: int, total: Any, offset: Any) -> None:
+            words = _vector(I16, 8 * groups)
+            every = lambda v: ir.Constant(words, [v] * 8 * groups)  # noqa: E731
+            packed = _load(b, _offset(b, codes, group, 16), words)
+            products = ir.Constant(_vector(I32, 4 * groups), None)
+            for i in range(4):
+                nibbles = b.and_(b.lshr(packed, every(4 * i)), every(15))
+                values = _load(b, _offset(b, _offset(b, x, group, 64), 16 * groups * i), words)
+                products = b.add(products, _multiply_pairs(b, nibbles, values))
             factors = _half(b, _load(b, _offset(b, scales, group, 2), _vector(I16, groups)))
-            factors = _shuffle(b, factors, factors, [g for g in range(groups) for _ in range(8)])
-            sums = b.sitofp(products, _vector(F32, 8 * groups))
-            b.store(_multiply_add(b, sums, factors, b.load(total)), total)
+            factors = _shuffle(b, factors, factors, [g for g in range(groups) for _ in range(4)])
+            products = b.sitofp(products, _vector(F32, 4 * groups))
+            b.store(_multiply_add(b, products, factors, b.load(total)), total)
+            lowest = _half(b, _load(b, _offset(b, minimums, group, 2), _vector(I16, groups)))
+            b.store(_multiply_add(b, lowest, _load(b, _offset(b, sums, group, 4), lowest.type), b.load(offset)), offset)
 
-        together = max(1, VECTOR // 32)
-        result = ir.Constant(F32, 0.0)
-        done = constant(0)
-        for groups in sorted({together, 1}, reverse=True):
-            (total,) = _accumulators(b, _vector(F32, 8 * groups), 1)
+        # as many groups at a time as fill a vector, then one by one; all totals meet in four lanes before they are summed
+        result, done = ir.Constant(_vector(F32, 4), None), constant(0)
+        for groups in sorted({GROUPS, 1}, reverse=True):
+            (total,), (offset,) = (_accumulators(b, _vector(F32, n * groups), 1) for n in (4, 1))
             steps = b.udiv(b.sub(n_groups, done), constant(groups))
             with cgutils.for_range(b, steps) as loop:
-                step(b.add(done, b.mul(loop.index, constant(groups))), groups, total)
+                step(b.add(done, b.mul(loop.index, constant(groups))), groups, total, offset)
             done = b.add(done, b.mul(steps, constant(groups)))
-            result = b.fadd(result, _sum(b, b.load(total)))
-        return result
+            offset = b.load(offset)
+            offset = _shuffle(b, offset, ir.Constant(offset.type, None), [min(i, groups) for i in range(4)])
+            result = b.fadd(result, b.fadd(_fold(b, b.load(total), 4), offset))
+        return _sum(b, result)
 
-    return float32(int64, int64, int64, int64), build
+    return float32(*[int64] * 6), build
+
+
+@intrinsic
+def order_for_i4(typing_context: Any, x: Any, y: Any, n_groups: Any) -> Any:
+    """Copy int16 activations so that those of one nibble stand together: 0, 2, .. 14 of each group, 16, .. 30, odd ones."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        x, y, n_groups = arguments
+        constant = lambda v: ir.Constant(n_groups.type, v)  # noqa: E731
+        done = constant(0)
+        for groups in sorted({GROUPS, 1}, reverse=True):
+            steps = b.udiv(b.sub(n_groups, done), constant(groups))
+            with cgutils.for_range(b, steps) as loop:
+                start = b.mul(b.add(done, b.mul(loop.index, constant(groups))), constant(64))
+                values = _load(b, b.add(x, start), _vector(I16, 32 * groups))
+                for i, first in enumerate((0, 16, 1, 17)):
+                    lanes = [32 * g + first + 2 * j for g in range(groups) for j in range(8)]
+                    _store(b, _shuffle(b, values, values, lanes), _offset(b, b.add(y, start), 16 * groups * i))
+            done = b.add(done, b.mul(steps, constant(groups)))
+        return context.get_dummy_value()
+
+    return types.void(int64, int64, int64), build
 
 
 def _tile(integer: bool) -> Any:
@@ -379,6 +408,50 @@ def _tile(integer: bool) -> Any:
 
 
 tile_i16, tile_f32 = _tile(integer=True), _tile(integer=False)
+
+def _pack(unit: Any, widen: Callable[[Any, Any], Any]) -> Any:
+    """Return the intrinsic that unpacks PANEL rows for a tile: `pack(rows, row_bytes, n_units, panel)`.
+
+    A unit is what one lane of the panel holds of one row. Squares of LANES x LANES units are transposed in registers
+    by perfect shuffles, as many times as 2 goes into LANES, and each line widened to 4 bytes a lane: ten
+    times as fast as unit by unit. What does not fill a square, n_units % LANES, is left to the caller.
+    """
+    size = unit.width // 8
+
+    @intrinsic
+    def pack(typing_context: Any, rows: Any, row_bytes: Any, n_units: Any, panel: Any) -> Any:
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            rows, row_bytes, n_units, panel = arguments
+            constant = lambda v: ir.Constant(n_units.type, v)  # noqa: E731
+            low = [lane // 2 + lane % 2 * LANES for lane in range(LANES)]
+            high = [lane + LANES // 2 for lane in low]
+            with cgutils.for_range(b, b.udiv(n_units, constant(LANES))) as loop:
+                first = b.mul(loop.index, constant(LANES))
+                for half_panel in range(2):
+                    square = []
+                    for row in range(LANES):
+                        at = b.add(rows, b.mul(row_bytes, constant(half_panel * LANES + row)))
+                        square.append(_load(b, _offset(b, at, first, size), _vector(unit, LANES)))
+                    for _ in range(LANES.bit_length() - 1):
+                        pairs = list(zip(square[: LANES // 2], square[LANES // 2 :], strict=True))
+                        square = [_shuffle(b, v, w, lanes) for v, w in pairs for lanes in (low, high)]
+                    for i, line in enumerate(square):
+                        at = _offset(b, _offset(b, panel, first, 2 * VECTOR), i * 2 * VECTOR + half_panel * VECTOR)
+                        _store(b, widen(b, line), at)
+            return context.get_dummy_value()
+
+        return types.void(int64, int64, int64, int64), build
+
+    return pack
+
+
+def _widen_codes(b: Any, pairs: Any) -> Any:
+    return b.sext(b.bitcast(pairs, _vector(I8, 2 * LANES)), _vector(I16, 2 * LANES))
+
+
+pack_squares_i8 = _pack(I16, _widen_codes)  # a unit is two int8, which become two int16
+pack_squares_f16 = _pack(I16, _half)
+pack_squares_f32 = _pack(I32, lambda b, line: line)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scalar functions: polynomials, so that LLVM vectorizes the loops around them and no mathematical library is needed
@@ -438,7 +511,7 @@ def silu(x):
     return x / (float32(1) + exp(-x))
 
 
-@njit(**FAST)
+@njit(**HELP)
 def activate(function, x, bias, y, n):
     """y[i] = f(x[i] + bias[i]); the choice of f stands outside the loops, which are then vectorized."""
     never_inline()
@@ -462,7 +535,7 @@ def activate(function, x, bias, y, n):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(**FAST)
+@njit(**HELP)
 def layer_norm(x, gain, bias, epsilon, y, n):
     """Normalize n floats to mean 0 and variance 1, then scale and shift (Ba et al. 2016)."""
     never_inline()
@@ -479,7 +552,7 @@ def layer_norm(x, gain, bias, epsilon, y, n):
         y[i] = (x[i] - mean) * factor * gain[i] + bias[i]
 
 
-@njit(**FAST)
+@njit(**HELP)
 def largest(x, n, magnitude):
     """Return the largest of n floats, or of their magnitudes.
 
@@ -497,7 +570,7 @@ def largest(x, n, magnitude):
     return float_of_bits(int32(top ^ int32(int32(top >> int32(31)) & int32(0x7FFFFFFF))))
 
 
-@njit(**FAST)
+@njit(**HELP)
 def quantize(x, token, n_in, levels):
     """Round a token's float activations to integers -levels..levels with one scale, and sum up each 32 of them."""
     never_inline()
@@ -529,7 +602,7 @@ def quantize(x, token, n_in, levels):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(**FAST)
+@njit(**HELP)
 def matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
     """Multiply the int16 panel in x's scratch (pairs along n_in) by all tokens."""
     never_inline()
@@ -546,7 +619,7 @@ def matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
                 to[r] = float32(products[t * PANEL + r]) * scales[r] * scale
 
 
-@njit(**FAST)
+@njit(**HELP)
 def matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in):
     """Multiply the float32 panel in x's scratch by all tokens."""
     never_inline()
@@ -566,39 +639,40 @@ def matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in):
 def matmul_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
     """Codes int8 [n_out, n_in] times int16 activations in int32, one scale per row and one per token."""
     w, xs = i64(w), i64(x)
-    n_in, x_scales = w[W_N_IN], f32(xs[X_SCALES])
-    scales = f32(w[W_PART_1])
-    if n_tokens < TILE:
-        whole = n_in // (VECTOR // 2) * (VECTOR // 2)
-        for row in range(row_begin, row_end):
-            codes = w[W_PART_0] + row * n_in
-            for token in range(n_tokens):
-                source = xs[X_CODES] + token * xs[X_STRIDE] * 2
-                total = dot_i8(codes, source, n_in)
-                for i in range(whole, n_in):
-                    total = int32(total + int32(int32(i8(codes)[i]) * int32(i16(source)[i])))
-                f32(y)[token * y_stride + row] = float32(total) * scales[row] * x_scales[token]
+    n_in, matrix, scales = w[W_N_IN], w[W_PART_0], w[W_PART_1]
+    if n_tokens >= TILE:
+        for row in range(row_begin, row_end, PANEL):
+            n_rows = min(PANEL, row_end - row)
+            pack_int8(matrix + row * n_in, n_in, n_rows, xs[X_PANEL])
+            matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales + row * 4, n_in)
         return
-    for row in range(row_begin, row_end, PANEL):
-        n_rows = min(PANEL, row_end - row)
-        pack_int8(w[W_PART_0] + row * n_in, n_in, n_rows, xs[X_PANEL])
-        matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, w[W_PART_1] + row * 4, n_in)
+    scales, x_codes, x_bytes, x_scales = f32(scales), xs[X_CODES], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
+    whole = n_in // (VECTOR // 2) * (VECTOR // 2)
+    for row in range(row_begin, row_end):
+        codes = matrix + row * n_in
+        for token in range(n_tokens):
+            source = x_codes + token * x_bytes
+            total = dot_i8(codes, source, n_in)
+            for i in range(whole, n_in):
+                total = int32(total + int32(int32(i8(codes)[i]) * int32(i16(source)[i])))
+            f32(y)[token * y_stride + row] = float32(total) * scales[row] * x_scales[token]
 
 
-@njit(**FAST)
+@njit(**HELP)
 def pack_int8(codes, n_in, n_rows, panel):
     """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16."""
     never_inline()
-    n_pairs = n_in // 2
-    panel = i32(panel)
+    n_pairs, done = n_in // 2, 0
+    if n_rows == PANEL:
+        pack_squares_i8(codes, n_in, n_pairs, panel)
+        done = n_pairs // LANES * LANES
+    panel = i16(panel)
     for r in range(n_rows):
-        source = i16(codes + r * n_in)
-        for pair in range(n_pairs):
-            both = int32(source[pair])
-            low = int32(int32(int32(both << int32(24)) >> int32(24)) & int32(0xFFFF))
-            panel[pair * PANEL + r] = int32(low | int32(int32(both >> int32(8)) << int32(16)))
+        source = i8(codes + r * n_in)
+        for i in range(2 * done, n_in):
+            panel[(i // 2 * PANEL + r) * 2 + i % 2] = source[i]
         if n_in % 2:
-            panel[n_pairs * PANEL + r] = int32(int32(i8(codes + r * n_in)[n_in - 1]) & int32(0xFFFF))
+            panel[(n_pairs * PANEL + r) * 2 + 1] = 0
 
 
 @entry(3)
@@ -614,31 +688,34 @@ def rows_int8(w, row, y):
 def matmul_f32(w, x, y, y_stride, n_tokens, row_begin, row_end):
     """Plain float32 [n_out, n_in]."""
     w, xs = i64(w), i64(x)
-    n_in = w[W_N_IN]
-    if n_tokens < TILE:
-        for row in range(row_begin, row_end):
-            values = f32(w[W_PART_0] + row * n_in * 4)
-            for token in range(n_tokens):
-                source = f32(xs[X_FLOAT] + token * xs[X_FLOAT_STRIDE] * 4)
-                total = float32(0)
-                for i in range(n_in):
-                    total += values[i] * source[i]
-                f32(y)[token * y_stride + row] = total
+    n_in, matrix = w[W_N_IN], w[W_PART_0]
+    if n_tokens >= TILE:
+        for row in range(row_begin, row_end, PANEL):
+            n_rows = min(PANEL, row_end - row)
+            pack_f32(matrix + row * n_in * 4, n_in, n_rows, xs[X_PANEL])
+            matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
         return
-    panel = f32(xs[X_PANEL])
-    for row in range(row_begin, row_end, PANEL):
-        n_rows = min(PANEL, row_end - row)
-        pack_f32(w[W_PART_0] + row * n_in * 4, n_in, n_rows, xs[X_PANEL])
-        matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
+    x_floats, x_bytes = xs[X_FLOAT], xs[X_FLOAT_STRIDE] * 4
+    for row in range(row_begin, row_end):
+        values = f32(matrix + row * n_in * 4)
+        for token in range(n_tokens):
+            source, total = f32(x_floats + token * x_bytes), float32(0)
+            for i in range(n_in):
+                total += values[i] * source[i]
+            f32(y)[token * y_stride + row] = total
 
 
-@njit(**FAST)
+@njit(**HELP)
 def pack_f32(values, n_in, n_rows, panel):
     """Spread rows over lanes: panel[i, row] = values[row, i]."""
     never_inline()
-    values, panel = i32(values), i32(panel)
+    done = 0
+    if n_rows == PANEL:
+        pack_squares_f32(values, n_in * 4, n_in, panel)
+        done = n_in // LANES * LANES
+    values, panel = f32(values), f32(panel)
     for r in range(n_rows):
-        for i in range(n_in):
+        for i in range(done, n_in):
             panel[i * PANEL + r] = values[r * n_in + i]
 
 
@@ -655,25 +732,35 @@ def rows_f32(w, row, y):
 def matmul_f16(w, x, y, y_stride, n_tokens, row_begin, row_end):
     """float16 [n_out, n_in], widened as it streams by."""
     w, xs = i64(w), i64(x)
-    n_in = w[W_N_IN]
-    if n_tokens < TILE:
-        for row in range(row_begin, row_end):
-            values = u16(w[W_PART_0] + row * n_in * 2)
-            for token in range(n_tokens):
-                source = f32(xs[X_FLOAT] + token * xs[X_FLOAT_STRIDE] * 4)
-                total = float32(0)
-                for i in range(n_in):
-                    total += half(values[i]) * source[i]
-                f32(y)[token * y_stride + row] = total
+    n_in, matrix = w[W_N_IN], w[W_PART_0]
+    if n_tokens >= TILE:
+        for row in range(row_begin, row_end, PANEL):
+            n_rows = min(PANEL, row_end - row)
+            pack_f16(matrix + row * n_in * 2, n_in, n_rows, xs[X_PANEL])
+            matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
         return
-    panel = f32(xs[X_PANEL])
-    for row in range(row_begin, row_end, PANEL):
-        n_rows = min(PANEL, row_end - row)
-        for r in range(n_rows):
-            values = u16(w[W_PART_0] + (row + r) * n_in * 2)
+    x_floats, x_bytes = xs[X_FLOAT], xs[X_FLOAT_STRIDE] * 4
+    for row in range(row_begin, row_end):
+        values = u16(matrix + row * n_in * 2)
+        for token in range(n_tokens):
+            source, total = f32(x_floats + token * x_bytes), float32(0)
             for i in range(n_in):
-                panel[i * PANEL + r] = half(values[i])
-        matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
+                total += half(values[i]) * source[i]
+            f32(y)[token * y_stride + row] = total
+
+
+@njit(**HELP)
+def pack_f16(values, n_in, n_rows, panel):
+    """Widen and spread rows over lanes: panel[i, row] = values[row, i]."""
+    never_inline()
+    done = 0
+    if n_rows == PANEL:
+        pack_squares_f16(values, n_in * 2, n_in, panel)
+        done = n_in // LANES * LANES
+    values, panel = u16(values), f32(panel)
+    for r in range(n_rows):
+        for i in range(done, n_in):
+            panel[i * PANEL + r] = half(values[r * n_in + i])
 
 
 @entry(3)
@@ -689,27 +776,27 @@ def rows_f16(w, row, y):
 def matmul_int4(w, x, y, y_stride, n_tokens, row_begin, row_end):
     """Codes 0..15 in groups of 32 times int16 activations: per group scale * sum(code * x) + minimum * sum(x)."""
     w, xs = i64(w), i64(x)
-    n_groups = (w[W_N_IN] + 31) // 32
-    x_scales = f32(xs[X_SCALES])
-    if n_tokens < TILE:
-        for row in range(row_begin, row_end):
-            codes = w[W_PART_0] + row * n_groups * 16
-            scales, minimums = w[W_PART_1] + row * n_groups * 2, u16(w[W_PART_2] + row * n_groups * 2)
-            for token in range(n_tokens):
-                source, sums = xs[X_CODES] + token * xs[X_STRIDE] * 2, f32(xs[X_SUMS] + token * xs[X_STRIDE] // 32 * 4)
-                total = dot_i4(codes, scales, source, n_groups)
-                for group in range(n_groups):
-                    total += half(minimums[group]) * sums[group]
-                f32(y)[token * y_stride + row] = total * x_scales[token]
+    n_in, matrix, scales, minimums = w[W_N_IN], w[W_PART_0], w[W_PART_1], w[W_PART_2]
+    if n_tokens >= TILE:
+        for row in range(row_begin, row_end, PANEL):
+            n_rows = min(PANEL, row_end - row)
+            for r in range(n_rows):
+                unpack_int4(w, row + r, xs[X_PANEL] + r * 4, PANEL, n_in)
+            matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
         return
-    for row in range(row_begin, row_end, PANEL):
-        n_rows = min(PANEL, row_end - row)
-        for r in range(n_rows):
-            unpack_int4(w, row + r, xs[X_PANEL] + r * 4, PANEL, w[W_N_IN])
-        matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, w[W_N_IN])
+    n_groups = (n_in + 31) // 32
+    ordered, x_sums, x_bytes, x_scales = xs[X_PANEL], xs[X_SUMS], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
+    for token in range(n_tokens):
+        order_for_i4(xs[X_CODES] + token * x_bytes, ordered + token * x_bytes, n_groups)
+    for row in range(row_begin, row_end):
+        group = row * n_groups
+        for token in range(n_tokens):
+            source, sums = ordered + token * x_bytes, x_sums + token * x_bytes // 16
+            total = dot_i4(matrix + group * 16, scales + group * 2, minimums + group * 2, source, sums, n_groups)
+            f32(y)[token * y_stride + row] = total * x_scales[token]
 
 
-@njit(**FAST)
+@njit(**HELP)
 def unpack_int4(w, row, y, step, n_in):
     """Decode a row into the floats y[0], y[step], y[2 step], ..."""
     never_inline()
@@ -792,7 +879,7 @@ def pause(typing_context: Any) -> Any:
 SPINS = 256  # about 5 us: longer than a phase's threads differ, shorter than anybody else misses the processor
 
 
-@njit(**FAST)
+@njit(**HELP)
 def wait_turn(team, turns):
     """Wait a little: spin at first, then let other processes run."""
     if turns < SPINS:
@@ -801,13 +888,13 @@ def wait_turn(team, turns):
         call_yield(i64(team)[T_YIELD])
 
 
-@njit(**FAST)
+@njit(**HELP)
 def is_over(team, phase):
     """Tell whether all chunks of a phase are done."""
     return (atomic_load(team + T_TICKET * 8) >> 32) > phase
 
 
-@njit(**FAST)
+@njit(**HELP)
 def take_chunk(team, phase, n_chunks):
     """Return the next chunk of a phase, or -1 when none is left."""
     while True:
@@ -819,7 +906,7 @@ def take_chunk(team, phase, n_chunks):
             return chunk
 
 
-@njit(**FAST)
+@njit(**HELP)
 def next_chunk(team, phase, n_chunks):
     """Count a chunk as done, opening the next phase after the last, and return another one or -1."""
     if atomic_add(team + T_DONE * 8, 1) == n_chunks - 1:
@@ -829,7 +916,7 @@ def next_chunk(team, phase, n_chunks):
     return take_chunk(team, phase, n_chunks)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def finish_phase(team, phase):
     """Wait until all chunks of a phase are done and return the next phase."""
     never_inline()
@@ -885,7 +972,7 @@ def work_for_team(team, thread):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(**FAST)
+@njit(**HELP)
 def softmax(x, n):
     """Turn n scores into weights, but for the division: return the inverse of their sum."""
     never_inline()
@@ -897,7 +984,7 @@ def softmax(x, n):
     return float32(1) / total
 
 
-@njit(**FAST)
+@njit(**HELP)
 def attend(q, keys, values, n_positions, head_dim, scores, y):
     """One token and head over n_positions keys and values [n_positions, head_dim]; q is scaled already."""
     never_inline()
@@ -918,7 +1005,7 @@ def attend(q, keys, values, n_positions, head_dim, scores, y):
             y[i] += weight * value[i]
 
 
-@njit(**FAST)
+@njit(**HELP)
 def attend_tiles(q, q_stride, keys, values, first_position, n_tokens, head_dim, scratch, y, y_stride):
     """Do n_tokens >= TILE neighbours of one head: both products are matrices, multiplied by tiles of tokens.
 
@@ -958,7 +1045,7 @@ def attend_tiles(q, q_stride, keys, values, first_position, n_tokens, head_dim, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(**FAST)
+@njit(**HELP)
 def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
     """Make the activations that a matrix takes: LayerNorm if there is a gain, integers if the matrix wants them.
 
@@ -987,7 +1074,7 @@ def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
     return address, finish_phase(p[P_TEAM], phase)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def make_activation(p, x, source, gain, bias, matrix, token):
     """Do one token of `take_input`."""
     never_inline()
@@ -999,7 +1086,7 @@ def make_activation(p, x, source, gain, bias, matrix, token):
         quantize(x, token, w[W_N_IN], w[W_LEVELS])
 
 
-@njit(**FAST)
+@njit(**HELP)
 def rows_of_chunk(p, matrix, n_tokens):
     """Into how many rows at a time a matrix is cut: a tile for many tokens, an even share for few."""
     if n_tokens >= TILE:
@@ -1008,15 +1095,15 @@ def rows_of_chunk(p, matrix, n_tokens):
     return min((share + 15) // 16 * 16, 1024)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def multiply(matrix, x, y, y_stride, n_tokens, row_begin, row_end):
     """Call the matrix's own kernel."""
     call_matmul(i64(matrix)[W_MATMUL], (matrix, x, y, y_stride, n_tokens, row_begin, row_end))
 
 
-@njit(**FAST)
+@njit(**HELP)
 def embed(p, phase):
-    """x = wte[id] + wpe[position]."""
+    """X = wte[id] + wpe[position]."""
     p = i64(p)
     n_embd, n_tokens = p[P_N_EMBD], p[P_N_TOKENS]
     n_chunks = (n_tokens + TILE - 1) // TILE
@@ -1032,9 +1119,9 @@ def embed(p, phase):
     return finish_phase(p[P_TEAM], phase)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def attention(program, layer, thread, phase):
-    """z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business."""
+    """Z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business."""
     p, l = i64(program), i64(layer)
     n_tokens, n_head = p[P_N_TOKENS], l[L_N_HEAD]
     x, phase = take_input(
@@ -1047,7 +1134,7 @@ def attention(program, layer, thread, phase):
     return finish_phase(p[P_TEAM], phase)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def attend_head(p, l, thread, x, head):
     """Do one head of `attention` for all tokens: new keys and values go to the cache first."""
     never_inline()
@@ -1083,9 +1170,9 @@ def attend_head(p, l, thread, x, head):
                 attend(q + i * y_stride * 4, keys, values, seen, head_dim, scratch, z + i * z_stride * 4)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def add_projection(program, thread, phase, matrix, bias):
-    """x += c_proj(z) + bias, the end of both halves of a block."""
+    """X += c_proj(z) + bias, the end of both halves of a block."""
     never_inline()
     p = i64(program)
     n_tokens = p[P_N_TOKENS]
@@ -1104,9 +1191,9 @@ def add_projection(program, thread, phase, matrix, bias):
     return finish_phase(p[P_TEAM], phase)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def mlp_hidden(program, layer, thread, phase):
-    """z = activation_function(c_fc(ln_2(x)))."""
+    """Z = activation_function(c_fc(ln_2(x)))."""
     p, l = i64(program), i64(layer)
     n_tokens, matrix = p[P_N_TOKENS], l[L_C_FC]
     x, phase = take_input(program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], l[L_LN_2], l[L_LN_2_BIAS], matrix)
@@ -1123,9 +1210,9 @@ def mlp_hidden(program, layer, thread, phase):
     return finish_phase(p[P_TEAM], phase)
 
 
-@njit(**FAST)
+@njit(**HELP)
 def logits(program, thread, phase):
-    """logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of z first."""
+    """Logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of z first."""
     p = i64(program)
     n_keep, n_embd, matrix = p[P_N_KEEP], p[P_N_EMBD], p[P_LM_HEAD]
     chunk = take_chunk(p[P_TEAM], phase, 1)

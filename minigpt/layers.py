@@ -42,7 +42,9 @@ def vector(weights: Weights, name: str) -> Floats:
 
 def layer_norm(weights: Weights, name: str, x: Floats, epsilon: float) -> Floats:
     """Apply the LayerNorm called `name`: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
-    return reference.layer_norm(x, vector(weights, f"{name}.weight"), vector(weights, f"{name}.bias"), epsilon)
+    return reference.layer_norm(
+        x, vector(weights, f"{name}.weight"), vector(weights, f"{name}.bias"), epsilon
+    )
 
 
 def linear(weights: Weights, name: str, x: Floats) -> Floats:

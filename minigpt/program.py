@@ -18,7 +18,7 @@ from minigpt.encodings import Weight
 from minigpt.team import Team
 
 if TYPE_CHECKING:
-    from minigpt.model import KVCache
+    from minigpt.cache import KVCache
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

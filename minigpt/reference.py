@@ -48,7 +48,7 @@ def relu(x: Floats) -> Floats:
 
 
 def silu(x: Floats) -> Floats:
-    """x * sigmoid(x), also called swish."""
+    """X * sigmoid(x), also called swish."""
     return x * sigmoid(x)
 
 

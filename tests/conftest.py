@@ -11,7 +11,16 @@ import pytest
 from minigpt.checkpoint import Checkpoint, Config, Vocabulary, encoding_for, save
 from minigpt.encodings import encode
 
-MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"i", b"n"), (b"in", b"g"), (b"e", b"r"), (b"o", b"n"), (b" ", b"s")]
+MERGES = [
+    (b"t", b"h"),
+    (b"th", b"e"),
+    (b" ", b"the"),
+    (b"i", b"n"),
+    (b"in", b"g"),
+    (b"e", b"r"),
+    (b"o", b"n"),
+    (b" ", b"s"),
+]
 END_OF_TEXT = "<|endoftext|>"
 
 

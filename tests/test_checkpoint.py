@@ -10,12 +10,12 @@ from conftest import small_checkpoint
 
 from minigpt import checkpoint as cp
 from minigpt import format as mgpt
-from minigpt.encodings import ENCODINGS, encode
+from minigpt.encodings import encode
 from minigpt.errors import ConfigError, FormatError, MinigptError
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", ["f32", "f16", "int8", "int4"])
 def test_a_file_gives_back_the_checkpoint(tmp_path, encoding, tied):
     saved = dataclasses.replace(small_checkpoint(encoding, tied=tied), history=({"step": "made", "seed": 0},))
     cp.save(saved, tmp_path / "m.mgpt")
@@ -123,10 +123,18 @@ def test_containers_that_hold_no_model(tmp_path, model_file):
         (FormatError, "complete", damaged(contents, meta=meta | {"history": 3})),
         (FormatError, "complete", damaged(contents, meta=meta | {"vocabulary": []})),
         (FormatError, "token_bytes", damaged(contents, blobs={})),
-        (FormatError, "'int9'", damaged(contents, tensors=tensors | {"wte.weight": dataclasses.replace(wte, encoding="int9")})),
+        (
+            FormatError,
+            "'int9'",
+            damaged(contents, tensors=tensors | {"wte.weight": dataclasses.replace(wte, encoding="int9")}),
+        ),
         (ConfigError, "n_layer", damaged(contents, meta=meta | {"config": config | {"n_layer": 1.5}})),
         (ConfigError, "shape", damaged(contents, meta=meta | {"config": config | {"n_embd": 47}})),
-        (MinigptError, "wrong type|n_head", damaged(contents, meta=meta | {"config": config | {"n_head": 3}})),
+        (
+            MinigptError,
+            "wrong type|n_head",
+            damaged(contents, meta=meta | {"config": config | {"n_head": 3}}),
+        ),
     ]
     for error, message, broken in cases:
         mgpt.write(tmp_path / "broken.mgpt", broken)

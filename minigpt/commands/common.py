@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from os import PathLike
 
-from minigpt import api
+from minigpt import api, ops
 from minigpt.checkpoint import Checkpoint
 
 
@@ -32,6 +33,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def open_model(path: str | None) -> Checkpoint:
     """Open a model file, or the embedded default."""
     return api.open_checkpoint(path)
+
+
+def model_path(path: str | None) -> str | PathLike[str]:
+    """Return the file that `open_model` opens."""
+    return api.default_path() if path is None else path
+
+
+def announce_compiling(quiet: bool = False) -> None:
+    """Say so once if kernels have to be compiled, which takes a while on the first run."""
+    if not quiet:
+        ops.COMPILING.append(
+            lambda: note("compiling kernels for this machine, once (later: `minigpt warmup`) ...")
+        )
 
 
 def note(message: str) -> None:

@@ -28,7 +28,13 @@ def run(options: argparse.Namespace) -> None:
     common.print_table((name, _short(value)) for name, value in report["config"].items())
     print()
     common.print_table(
-        (t["name"], t["encoding"], " x ".join(map(str, t["shape"])), f"{t['bytes']:,}", f"{t['bits_per_weight']:.2f}")
+        (
+            t["name"],
+            t["encoding"],
+            " x ".join(map(str, t["shape"])),
+            f"{t['bytes']:,}",
+            f"{t['bits_per_weight']:.2f}",
+        )
         for t in [*report["tensors"]]
     )
     for number, entry in enumerate(report["history"], 1):
