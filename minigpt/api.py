@@ -54,7 +54,8 @@ def default_path() -> PathLike[str]:
     """Return the file of the embedded model."""
     from minigpt.weights import DEFAULT
 
-    return DEFAULT
+    default: PathLike[str] = DEFAULT
+    return default
 
 
 @dataclass(frozen=True)

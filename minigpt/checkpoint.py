@@ -107,7 +107,7 @@ class Config:
         required = {n for n, f in known.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(fields)):
             raise ConfigError(f"the configuration lacks {missing[0]!r}; convert the model again")
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
         try:
             return cls(**values)
         except TypeError as error:  # a string where a number is due, and the like

@@ -80,12 +80,12 @@ def read_documents(path: str | PathLike[str]) -> list[str]:
     documents = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            text = json.loads(line)["text"]
+            document = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
+            document = None
+        if not isinstance(document, str):
             raise MinigptError(f'line {number} of {path} is not of the form {{"text": "..."}}')
-        documents.append(text)
+        documents.append(document)
     return documents
 
 

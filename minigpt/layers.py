@@ -6,6 +6,7 @@ documentation of the compiled one (`kernels.forward`), and where compression loo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -24,10 +25,7 @@ Sequence = tuple[slice, int, int]  # tokens of the batch | sequence of the cache
 def sequences(sequence_of: Ids, positions: Ids) -> list[Sequence]:
     """Cut a batch of tokens where a new sequence begins."""
     starts = [0, *(np.flatnonzero(np.diff(sequence_of)) + 1).tolist(), len(sequence_of)]
-    return [
-        (slice(begin, end), int(sequence_of[begin]), int(positions[begin]))
-        for begin, end in zip(starts, starts[1:], strict=False)
-    ]
+    return [(slice(a, b), int(sequence_of[a]), int(positions[a])) for a, b in itertools.pairwise(starts)]
 
 
 def embed(weights: Weights, ids: Ids, positions: Ids) -> Floats:
@@ -95,5 +93,5 @@ def block(
 
 
 def head(weights: Weights, config: Config, x: Floats) -> Floats:
-    """Final LayerNorm and projection onto the vocabulary: [n_tokens, n_embd] -> [n_tokens, vocab_size]."""
+    """Apply the final LayerNorm and project onto the vocabulary: [n_tokens, n_embd] -> [n_tokens, vocab_size]."""
     return weights["lm_head.weight"].matmul(layer_norm(weights, "ln_f", x, config.layer_norm_epsilon))

@@ -111,7 +111,7 @@ class GPT2:
             first, n = int(cache.lengths[s]), tokens.stop - tokens.start
             if first + n > self.config.n_positions:
                 raise ContextError(
-                    f"{first + n} tokens are more than the model's {self.config.n_positions} positions; shorten the text"
+                    f"{first + n} tokens are more than the model's {self.config.n_positions} positions; shorten it"
                 )
             positions[tokens] = np.arange(first, first + n)
         return positions

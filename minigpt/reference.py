@@ -36,8 +36,8 @@ def gelu(x: Floats) -> Floats:
     """Exact GELU, x * Phi(x), with erf by Numerical Recipes' Chebyshev fit (erfcc, relative error below 1.2e-7)."""
     z = np.abs(x.astype(np.float64)) / np.sqrt(2)
     t = 1 / (1 + z / 2)
-    coefficients = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807)
-    coefficients += (-0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223)
+    coefficients = [0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807]
+    coefficients += [-0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223]
     tail = t * np.exp(-z * z + np.polyval(coefficients, t))  # erfc(|x| / sqrt 2)
     return (x * np.where(x >= 0, 1 - tail / 2, tail / 2)).astype(np.float32)
 
@@ -55,7 +55,7 @@ def silu(x: Floats) -> Floats:
 def sigmoid(x: Floats) -> Floats:
     """1 / (1 + exp(-x)); exp may overflow to infinity, whose reciprocal is the right 0."""
     with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-x))
+        return np.float32(1) / (np.float32(1) + np.exp(-x))
 
 
 ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
