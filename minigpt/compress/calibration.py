@@ -8,7 +8,7 @@ one block's intermediates exist. Everything is deterministic. No step is here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from minigpt import layers
 from minigpt.checkpoint import Checkpoint, Config, Vocabulary
-from minigpt.compress.step import updated
+from minigpt.compress.step import Changes, updated
 from minigpt.encodings import Weight
 from minigpt.errors import OptionError
 from minigpt.evaluate import encode_documents, read_documents
@@ -28,7 +28,6 @@ from minigpt.tokenizer import Tokenizer
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Weights = Mapping[str, Weight]
-Changes = Mapping[str, Floats | Weight]
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block, in running order
 BLOCK_TOKENS = 2048  # through a block at once: bounds the intermediates
@@ -111,9 +110,7 @@ class Calibration:
         for vocabulary, ids in self._encoded:
             if vocabulary is checkpoint.vocabulary:
                 return ids
-        ids = encode_documents(
-            Tokenizer(checkpoint.vocabulary), list(self.documents), checkpoint.config.eos_token_id
-        )
+        ids = encode_documents(Tokenizer(checkpoint.vocabulary), list(self.documents), checkpoint.config.eos_token_id)
         self._encoded[:] = [(checkpoint.vocabulary, ids)]
         return ids
 
@@ -222,18 +219,52 @@ def embed(checkpoint: Checkpoint, windows: Ids) -> Floats:
     return layers.embed(checkpoint.weights, windows.ravel(), positions.ravel()).reshape(*windows.shape, -1)
 
 
+def run_half(weights: Weights, config: Config, half: int, x: Floats) -> Floats:
+    """Add to the residual stream what attention (half 2i) or MLP (half 2i + 1) of block i write.
+
+    Parameters
+    ----------
+    x : ndarray of shape (n_windows, window, n_embd), dtype=float32
+
+    Returns
+    -------
+    ndarray of shape (n_windows, window, n_embd), dtype=float32
+    """
+    i, is_mlp = divmod(half, 2)
+    y = np.empty_like(x)
+    for part in parts(x):
+        n_windows, window, n_embd = x[part].shape
+        tokens = x[part].reshape(-1, n_embd)  # [n_tokens, n_embd]
+        normed = layers.layer_norm(weights, f"h.{i}.ln_{1 + is_mlp}", tokens, config.layer_norm_epsilon)
+        if is_mlp:
+            out = layers.mlp(weights, config, i, normed)
+        else:
+            k, v = np.empty((2, n_windows, config.n_head[i], window, config.head_dim), np.float32)
+            batch = [(slice(s * window, (s + 1) * window), s, 0) for s in range(n_windows)]
+            out = layers.attention(weights, config, i, normed, k, v, batch)
+        y[part] = (tokens + out).reshape(x[part].shape)
+    return y
+
+
 def run_block(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
     """Run block `i` on windows: [n_windows, window, n_embd] -> the same."""
-    n_windows, window, n_embd = x.shape
-    y = np.empty_like(x)
-    step = max(1, BLOCK_TOKENS // window)
-    for begin in range(0, n_windows, step):
-        part = x[begin : begin + step]
-        k, v = np.empty((2, len(part), config.n_head[i], window, config.head_dim), np.float32)
-        batch = [(slice(s * window, (s + 1) * window), s, 0) for s in range(len(part))]
-        out = layers.block(weights, config, i, part.reshape(-1, n_embd), k, v, batch)
-        y[begin : begin + step] = out.reshape(part.shape)
-    return y
+    return run_half(weights, config, 2 * i + 1, run_half(weights, config, 2 * i, x))
+
+
+def parts(x: Floats) -> Iterator[slice]:
+    """Yield the windows in groups that go through a block together."""
+    step = max(1, BLOCK_TOKENS // x.shape[1])
+    for begin in range(0, len(x), step):
+        yield slice(begin, begin + step)
+
+
+def residuals(checkpoint: Checkpoint, windows: Ids) -> Iterator[Floats]:
+    """Yield the residual stream before each half of each block and after the last: 2 n_layer + 1 times."""
+    x = embed(checkpoint, windows)
+    for half in range(2 * checkpoint.config.n_layer):
+        yield x
+        x = run_half(checkpoint.weights, checkpoint.config, half, x)
+    yield x
 
 
 def by_layer(
@@ -283,9 +314,7 @@ def collect(checkpoint: Checkpoint, calibration: Calibration, grams: bool = Fals
 
 def final_hidden(checkpoint: Checkpoint, windows: Ids) -> Floats:
     """Return what the head multiplies: [n_windows, window] -> [n_windows * window, n_embd]."""
-    x = embed(checkpoint, windows)
-    for i in range(checkpoint.config.n_layer):
-        x = run_block(checkpoint.weights, checkpoint.config, i, x)
+    *_, x = residuals(checkpoint, windows)
     x = x.reshape(-1, x.shape[-1])
     return layers.layer_norm(checkpoint.weights, "ln_f", x, checkpoint.config.layer_norm_epsilon)
 
@@ -307,7 +336,7 @@ class Judge:
         self._head = reference.weights["lm_head.weight"]
 
     def measure(self, checkpoint: Checkpoint) -> dict[str, float]:
-        """Return perplexity, bits_per_byte, kl(reference || model) in nats a token, and top1, the agreement."""
+        """Return perplexity, bits_per_byte, kl (reference || model, nats a token) and top1 (agreement)."""
         hidden, targets = final_hidden(checkpoint, self.windows[:, :-1]), self.windows[:, 1:].ravel()
         head = checkpoint.weights["lm_head.weight"]
         nll = kl = agreed = 0.0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minigpt.compress.calibration import Calibration
 
 Floats = NDArray[np.float32]
+Changes = Mapping[str, NDArray[np.floating] | Weight]  # tensors by full name
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Step:
     Attributes
     ----------
     name : str
-        In `STEPS`, recipes and histories; the flag is the same with hyphens.
+        In `STEPS`, recipes and histories.
     function : callable
         What computes; calling the Step instead checks the parameters and writes the history.
     parameters : dict of str to Parameter
@@ -101,6 +102,11 @@ class Step:
     function: Callable[..., Checkpoint]
     parameters: dict[str, Parameter]
     defaults: dict[str, Any]
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return self.name.replace("_", "-")
 
     @property
     def summary(self) -> str:
@@ -126,9 +132,7 @@ class Step:
                 raise OptionError(f"{name} of {self.name} must be {parameter.allowed}, not {value!r}")
         return self.defaults | dict(parameters)
 
-    def __call__(
-        self, checkpoint: Checkpoint, calibration: Calibration | None = None, **parameters: Any
-    ) -> Checkpoint:
+    def __call__(self, checkpoint: Checkpoint, calibration: Calibration | None = None, **parameters: Any) -> Checkpoint:
         """Take the step and append {"step", "parameters", and what the function noted} to the history.
 
         Raises
@@ -170,7 +174,7 @@ def noted(checkpoint: Checkpoint, **facts: Any) -> Checkpoint:
 
 def updated(
     checkpoint: Checkpoint,
-    changes: Mapping[str, Floats | Weight],
+    changes: Changes,
     vocabulary: Vocabulary | None = None,
     **config: Any,
 ) -> Checkpoint:

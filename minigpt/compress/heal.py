@@ -1,0 +1,284 @@
+"""Healing without training: closed-form refits that bring a cut model's residual stream back.
+
+Both models run side by side over the fitting half of the calibration text, half block by half block, the
+cut one as refitted so far. A refit is a function and a row of `REFITS`; `heal` keeps it only if the held-
+out KL falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt import layers, reference
+from minigpt.checkpoint import Checkpoint
+from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, tapped
+from minigpt.compress.step import Changes, Floats, updated
+
+RIDGE = 0.01  # pull towards the weights as they are, relative to the mean variance of an input
+SWEEPS = 30  # of conjugate gradients, at most
+WRITERS = ("attn.c_proj", "mlp.c_proj")  # with which the halves of a block write into the stream
+
+
+# ---- least squares -------------------------------------------------------------------------------------------
+
+
+class Regression:
+    """Sums for the affine map y = w x + b that fits best in the least-squares sense.
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Widths of x and y.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        self.n = 0
+        self._x, self._y = np.zeros(n_in), np.zeros(n_out)
+        self._xx, self._yx = np.zeros((n_in, n_in), np.float32), np.zeros((n_out, n_in), np.float32)
+
+    def add(self, x: Floats, y: Floats) -> None:
+        """Count inputs [n, n_in] and outputs [n, n_out]."""
+        self.n += len(x)
+        self._x += x.sum(axis=0, dtype=np.float64)
+        self._y += y.sum(axis=0, dtype=np.float64)
+        self._xx += x.T @ x
+        self._yx += y.T @ x
+
+    def solve(self, w: Floats, ridge: float = RIDGE) -> tuple[Floats, Floats]:
+        """Return the map of least error plus ridge * variance * |w' - w|^2; zeros of w stay zeros.
+
+        Parameters
+        ----------
+        w : ndarray of shape (n_out, n_in), dtype=float32
+            The map as it is.
+        ridge : float
+            Pull towards it, relative to the mean variance of an input.
+
+        Returns
+        -------
+        w' : ndarray of shape (n_out, n_in), dtype=float32
+        b' : ndarray of shape (n_out,), dtype=float32
+        """
+        x, y = self._x / self.n, self._y / self.n
+        covariance = self._xx / self.n - np.outer(x, x)  # [n_in, n_in]
+        gradient = self._yx / self.n - np.outer(y, x) - w @ covariance  # [n_out, n_in]
+        covariance[np.diag_indices_from(covariance)] += max(ridge * np.trace(covariance) / len(x), 1e-12)
+        if np.count_nonzero(w) > 0.99 * w.size:
+            change = np.linalg.solve(covariance, gradient.T).T
+        else:
+            change = masked_solve(covariance, gradient, w != 0)
+        fitted = (w + change).astype(np.float32)
+        return fitted, (y - fitted @ x).astype(np.float32)
+
+
+def masked_solve(a: NDArray[np.float64], b: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Solve x a = b for x [n_out, n_in] inside `mask`, zero outside, in the least-squares sense.
+
+    Conjugate gradients per row, preconditioned by the diagonal (Shewchuk 1994); `a` [n_in, n_in] is
+    symmetric and positive definite.
+    """
+    diagonal = np.diag(a)
+    x = np.zeros_like(b)
+    residual = b * mask
+    direction = residual / diagonal
+    size = first = np.einsum("oi,oi->o", residual, direction)  # [n_out]
+    for _ in range(SWEEPS):
+        step = (direction @ a) * mask
+        length = size / np.maximum(np.einsum("oi,oi->o", direction, step), 1e-300)
+        x += length[:, None] * direction
+        residual -= length[:, None] * step
+        conditioned = residual / diagonal
+        previous, size = size, np.einsum("oi,oi->o", residual, conditioned)
+        if (size <= 1e-12 * first).all():
+            break
+        direction = conditioned + (size / np.maximum(previous, 1e-300))[:, None] * direction
+    return x
+
+
+# ---- two models side by side ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a cut model is to be compared with.
+
+    Attributes
+    ----------
+    reference : Checkpoint
+        Has the vocabulary of the cut model.
+    layers : sequence of int
+        For each layer of the cut model, which layer of the reference it was.
+    windows : ndarray of shape (n_windows, window), dtype=int64
+        Tokens to fit on.
+    """
+
+    reference: Checkpoint
+    layers: Sequence[int]
+    windows: Ids
+
+    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[Floats, Floats]]:
+        """Yield, before each half of the cut model and at the end, the stream that the reference has there.
+
+        What a layer finds is to be what it found in the reference, the work of removed layers included.
+        Each comes with its LayerNorm, both in the cut model's coordinates: [n_windows, window, n_embd].
+        """
+        basis = common_basis(self.reference, checkpoint)
+        config, last = self.reference.config, 2 * self.reference.config.n_layer
+        wanted = {last, *(2 * i + half for i in self.layers for half in (0, 1))}
+        for place, x in enumerate(residuals(self.reference, self.windows)):
+            if place in wanted:
+                name = norm_of(place, config.n_layer)
+                normed = layers.layer_norm(self.reference.weights, name, x, config.layer_norm_epsilon)
+                yield x @ basis, normed @ basis
+
+
+def common_basis(wide: Checkpoint, narrow: Checkpoint) -> Floats:
+    """Return the linear map between two residual streams, as the tables tell it: [n_embd, n_embd']."""
+    if wide.config.n_embd == narrow.config.n_embd:
+        return np.eye(wide.config.n_embd, dtype=np.float32)
+    xx, xy = 0.0, 0.0
+    for table in ("wte.weight", "wpe.weight"):
+        y = narrow.weights[table].decode()
+        x = wide.weights[table].decode()[: len(y)]
+        xx, xy = xx + x.T @ x, xy + x.T @ y
+    return np.linalg.lstsq(xx, xy, rcond=1e-6)[0].astype(np.float32)
+
+
+def norm_of(half: int, n_layer: int) -> str:
+    """Return the name of the LayerNorm that reads the stream before a half, or after the last."""
+    return "ln_f" if half == 2 * n_layer else f"h.{half // 2}.ln_{1 + half % 2}"
+
+
+# ---- refits --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a refit is at work: before `half`, or after the last.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+        The cut model, refitted up to here.
+    half : int
+        2 i for the attention and 2 i + 1 for the MLP of block i; 2 n_layer at the end.
+    x : ndarray of shape (n_windows, window, n_embd), dtype=float32
+        Its residual stream before the half.
+    normed : ndarray of the same shape
+        What the LayerNorm that reads x should give.
+    target : ndarray of the same shape, or None at the end
+        What the stream should be after the half.
+    """
+
+    checkpoint: Checkpoint
+    half: int
+    x: Floats
+    normed: Floats
+    target: Floats | None
+
+    @property
+    def writer(self) -> str:
+        """The linear map with which this half writes."""
+        return f"h.{self.half // 2}.{WRITERS[self.half % 2]}"
+
+
+def outputs(place: Place) -> Changes:
+    """Refit the map that writes into the stream by ridge least squares; a quantized one stays as it is."""
+    weight = place.checkpoint.weights.get(f"{place.writer}.weight")
+    if place.target is None or weight is None or weight.encoding.name != "f32":
+        return {}
+    regression = Regression(weight.shape[1], weight.shape[0])
+    for part in parts(place.x):
+        inputs: list[Floats] = []
+        listening = tapped(place.checkpoint.weights, {place.writer: inputs.append})
+        run_half(listening, place.checkpoint.config, place.half, place.x[part])
+        error = place.target[part] - place.x[part]  # [n_windows, window, n_embd]
+        regression.add(inputs[0], error.reshape(-1, error.shape[-1]))
+    w, b = regression.solve(weight.decode())
+    return {f"{place.writer}.weight": w, f"{place.writer}.bias": b}
+
+
+def gains(place: Place) -> Changes:
+    """Refit gain and bias of the LayerNorm that reads the stream, channel by channel."""
+    config = place.checkpoint.config
+    name = norm_of(place.half, config.n_layer)
+    gain = layers.vector(place.checkpoint.weights, f"{name}.weight")
+    one = np.ones_like(gain)
+    normed = reference.layer_norm(place.x, one, 0 * one, config.layer_norm_epsilon)
+    x, y = normed.reshape(-1, len(gain)), place.normed.reshape(-1, len(gain))  # [n_tokens, n_embd]
+    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
+    variance = np.square(x - x_mean).mean(axis=0)
+    covariance = ((x - x_mean) * (y - y_mean)).mean(axis=0)
+    pull = RIDGE * variance.mean()
+    fitted = (covariance + pull * gain) / (variance + pull)
+    return {f"{name}.weight": fitted, f"{name}.bias": y_mean - fitted * x_mean}
+
+
+def biases(place: Place) -> Changes:
+    """Add to the bias of the map that writes into the stream the mean of what is missing."""
+    if place.target is None:
+        return {}
+    config, weights = place.checkpoint.config, place.checkpoint.weights
+    missing = place.target - run_half(weights, config, place.half, place.x)
+    name = f"{place.writer}.bias"
+    return {name: layers.vector(weights, name) + missing.mean(axis=(0, 1))}
+
+
+REFITS: dict[str, Callable[[Place], Changes]] = {"outputs": outputs, "gains": gains, "biases": biases}
+
+
+def refit(checkpoint: Checkpoint, pair: Pair, function: Callable[[Place], Changes]) -> Checkpoint:
+    """Walk through the model from the embedding to the end and refit at each place."""
+    targets = pair.targets(checkpoint)
+    x = embed(checkpoint, pair.windows)
+    _, normed = next(targets)
+    for half in range(2 * checkpoint.config.n_layer):
+        target, next_normed = next(targets)
+        checkpoint = updated(checkpoint, function(Place(checkpoint, half, x, normed, target)))
+        x, normed = run_half(checkpoint.weights, checkpoint.config, half, x), next_normed
+    end = Place(checkpoint, 2 * checkpoint.config.n_layer, x, normed, None)
+    return updated(checkpoint, function(end))
+
+
+def heal(
+    checkpoint: Checkpoint,
+    pair: Pair,
+    judge: Judge,
+    measured: dict[str, float],
+    progress: Callable[[str], None] = lambda message: None,
+) -> tuple[Checkpoint, dict[str, float], list[str]]:
+    """Try every refit in turn and keep those that bring the held-out KL down.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    pair : Pair
+        What to bring it back to.
+    judge : Judge
+        Of the same reference.
+    measured : dict of str to float
+        What the judge says of the checkpoint.
+    progress : callable
+        Is told what is being done.
+
+    Returns
+    -------
+    checkpoint : Checkpoint
+    measured : dict of str to float
+        What the judge says of it now.
+    kept : list of str
+        Names in `REFITS`.
+    """
+    kept = []
+    for name, function in REFITS.items():
+        progress(f"healing, {name}")
+        candidate = refit(checkpoint, pair, function)
+        result = judge.measure(candidate)
+        if result["kl"] < measured["kl"]:
+            checkpoint, measured = candidate, result
+            kept.append(name)
+    return checkpoint, measured, kept
