@@ -130,7 +130,7 @@ class Step:
             parameter, default = self.parameters[name], self.defaults.get(name, value is None)
             if value is not default and not parameter.valid(value):  # a default may be None: "not given"
                 raise OptionError(f"{name} of {self.name} must be {parameter.allowed}, not {value!r}")
-        return self.defaults | dict(parameters)
+        return {name: parameters.get(name, self.defaults.get(name)) for name in self.parameters}
 
     def __call__(self, checkpoint: Checkpoint, calibration: Calibration | None = None, **parameters: Any) -> Checkpoint:
         """Take the step and append {"step", "parameters", and what the function noted} to the history.
