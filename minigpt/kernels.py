@@ -74,6 +74,9 @@ VECTOR = 64 if "+avx512bw" in FEATURES else 32 if "+avx2" in FEATURES else 16  #
 HALF_IN_HARDWARE = not X86 or "+f16c" in FEATURES  # else the conversion would call a library
 LANES = VECTOR // 4  # of 4 bytes
 PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
+# The CPU multiplies bytes four at a time, twice as many as int16: tiles of integer matrices take int8 activations
+BYTES = (VECTOR == 64 and "+avx512vnni" in FEATURES) or (VECTOR == 32 and "+avxvnni" in FEATURES)
+GROUP = 128  # int8 activations that share a scale: an outlier spoils no more than these
 TILE = 6 if X86 and VECTOR < 64 else 12  # tokens of a tile: 2 * TILE accumulators must fit the 16 or 32 registers
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +248,12 @@ def _multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
     return b.fadd(b.fmul(a, c, flags=("contract",)), total, flags=("contract",))
 
 
+def _broadcast(b: Any, value: Any, kind: Any) -> Any:
+    """Fill a vector with one value."""
+    vector = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return _shuffle(b, vector, vector, [0] * kind.count)
+
+
 def _fold(b: Any, vector: Any, n: int) -> Any:
     """Add halves of a vector to each other until n lanes are left."""
     add = b.add if vector.type.element == I32 else b.fadd
@@ -364,42 +373,48 @@ def order_for_i4(typing_context: Any, x: Any, y: Any, n_groups: Any) -> Any:
     return types.void(int64, int64, int64), build
 
 
-def _tile(integer: bool) -> Any:
-    """Return the intrinsic that multiplies PANEL rows of an unpacked matrix by TILE tokens.
+def _multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
+    """Add four products of uint8 w and int8 x to each int32 lane; only where BYTES says that the CPU can."""
+    kinds = [total.type, w.type, x.type]
+    name = f"llvm.x86.avx512.vpdpbusd.{8 * VECTOR}"
+    dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(total.type, kinds), name)
+    return b.call(dot, [total, w, x])
 
-    `tile(panel, panel_step, x, x_stride, n, y, y_stride)`, all strides in bytes: for each of n steps it takes one
-    line of the panel (lane = row) and one word of each token, which is broadcast: 2 * TILE multiply-adds for
-    2 + TILE loads, and no sum across lanes at the end. A word is a float32, or two int16 with a line of int16 pairs.
+
+def _multiply_tile(b: Any, arguments: Any, totals: Any, line: Any, multiply_add: Callable[..., Any]) -> None:
+    """Add PANEL rows of an unpacked matrix times TILE tokens to totals[token][half of the panel].
+
+    Each of n steps takes one line of the panel (lane = row) and one word of each token, which is broadcast:
+    2 * TILE multiply-adds for 2 + TILE loads, and no sum across lanes at the end. A word is 4 bytes: a float32, two
+    int16 or four int8. Strides are in bytes.
     """
+    panel, panel_stride, x, x_stride, n = arguments
+    word = b.load(totals[0][0]).type.element
+    lanes = _vector(word, LANES)
+    tokens = [b.add(x, b.mul(x_stride, ir.Constant(n.type, t))) for t in range(TILE)]
+    with cgutils.for_range(b, n) as loop:
+        at = b.add(panel, b.mul(loop.index, panel_stride))
+        rows = [_load(b, _offset(b, at, VECTOR * i), line, 4) for i in range(2)]
+        for token, sums in zip(tokens, totals, strict=True):
+            spread = b.bitcast(_broadcast(b, _load(b, _offset(b, token, loop.index, 4), word, 4), lanes), line)
+            for row, total in zip(rows, sums, strict=True):
+                b.store(multiply_add(b, row, spread, b.load(total)), total)
+
+
+def _tile(word: Any, line: Any, multiply_add: Callable[..., Any]) -> Any:
+    """Return `tile(panel, panel_stride, x, x_stride, n, y, y_stride)`: y[token, row] = the products."""
 
     @intrinsic
     def tile(
-        typing_context: Any, panel: Any, panel_step: Any, x: Any, x_stride: Any, n: Any, y: Any, y_stride: Any
+        typing_context: Any, panel: Any, panel_stride: Any, x: Any, x_stride: Any, n: Any, y: Any, y_stride: Any
     ) -> Any:
-        word = I32 if integer else F32
-        lanes = _vector(word, LANES)
-        line = _vector(I16, 2 * LANES) if integer else lanes
-
         def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-            panel, panel_step, x, x_stride, n, y, y_stride = arguments
-            totals = [_accumulators(b, lanes, 2) for _ in range(TILE)]
-            tokens = [b.add(x, b.mul(x_stride, ir.Constant(n.type, t))) for t in range(TILE)]
-            with cgutils.for_range(b, n) as loop:
-                at = b.add(panel, b.mul(loop.index, panel_step))
-                rows = [_load(b, _offset(b, at, VECTOR * i), line, 4) for i in range(2)]
-                for token, sums in zip(tokens, totals, strict=True):
-                    value = _load(b, _offset(b, token, loop.index, 4), word, 4)
-                    spread = b.insert_element(ir.Constant(lanes, ir.Undefined), value, ir.Constant(I32, 0))
-                    spread = b.bitcast(_shuffle(b, spread, spread, [0] * LANES), line)
-                    for row, total in zip(rows, sums, strict=True):
-                        if integer:
-                            b.store(b.add(b.load(total), _multiply_pairs(b, row, spread)), total)
-                        else:
-                            b.store(_multiply_add(b, row, spread, b.load(total)), total)
-            for t, sums in enumerate(totals):
-                for i, total in enumerate(sums):
-                    at = b.add(y, b.mul(y_stride, ir.Constant(n.type, t)))
-                    _store(b, b.load(total), _offset(b, at, VECTOR * i))
+            *factors, y, y_stride = arguments
+            totals = [_accumulators(b, _vector(word, LANES), 2) for _ in range(TILE)]
+            _multiply_tile(b, factors, totals, line, multiply_add)
+            for t, halves in enumerate(totals):
+                for i, total in enumerate(halves):
+                    _store(b, b.load(total), _offset(b, b.add(y, b.mul(y_stride, ir.Constant(y.type, t))), VECTOR * i))
             return context.get_dummy_value()
 
         return types.void(*[int64] * 7), build
@@ -407,7 +422,36 @@ def _tile(integer: bool) -> Any:
     return tile
 
 
-tile_i16, tile_f32 = _tile(integer=True), _tile(integer=False)
+tile_f32 = _tile(F32, _vector(F32, LANES), _multiply_add)
+tile_i16 = _tile(I32, _vector(I16, 2 * LANES), lambda b, w, x, total: b.add(total, _multiply_pairs(b, w, x)))
+
+
+@intrinsic
+def tile_i8(
+    typing_context: Any, panel: Any, x: Any, x_stride: Any, n: Any, scales: Any, excesses: Any, stride: Any, y: Any
+) -> Any:
+    """Add a group of int8 activations to y, float32 [TILE, PANEL]: (uint8 w * x - excess) * scale, both per token."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        panel, x, x_stride, n, scales, excesses, stride, y = arguments
+        at = [b.mul(stride, ir.Constant(stride.type, t)) for t in range(TILE)]
+        lanes = _vector(I32, LANES)
+        totals = []
+        for t in range(TILE):
+            excess = b.sub(ir.Constant(I32, 0), _load(b, b.add(excesses, at[t]), I32, 4))
+            totals.append([cgutils.alloca_once_value(b, _broadcast(b, excess, lanes)) for _ in range(2)])
+        step = ir.Constant(n.type, 2 * VECTOR)
+        _multiply_tile(b, (panel, step, x, x_stride, n), totals, _vector(I8, 4 * LANES), _multiply_bytes)
+        for t, halves in enumerate(totals):
+            scale = _broadcast(b, _load(b, b.add(scales, at[t]), F32, 4), _vector(F32, LANES))
+            for i, total in enumerate(halves):
+                to = _offset(b, y, (2 * t + i) * VECTOR)
+                before = _load(b, to, scale.type, 4)
+                _store(b, _multiply_add(b, b.sitofp(b.load(total), scale.type), scale, before), to)
+        return context.get_dummy_value()
+
+    return types.void(*[int64] * 8), build
+
 
 def _pack(unit: Any, widen: Callable[[Any, Any], Any]) -> Any:
     """Return the intrinsic that unpacks PANEL rows for a tile: `pack(rows, row_bytes, n_units, panel)`.
@@ -450,6 +494,7 @@ def _widen_codes(b: Any, pairs: Any) -> Any:
 
 
 pack_squares_i8 = _pack(I16, _widen_codes)  # a unit is two int8, which become two int16
+pack_squares_u8 = _pack(I32, lambda b, codes: b.xor(codes, ir.Constant(codes.type, [0x80808080] * LANES)))  # + 128
 pack_squares_f16 = _pack(I16, _half)
 pack_squares_f32 = _pack(I32, lambda b, line: line)
 
@@ -593,6 +638,28 @@ def quantize(x, token, n_in, levels):
         sums[group] = float32(total)
 
 
+@njit(**HELP)
+def quantize_to_bytes(x, token, n_in):
+    """Round a token's float activations to int8, each GROUP of them with a scale and a sum of its own."""
+    never_inline()
+    x = i64(x)
+    stride = x[X_STRIDE]
+    source, codes = x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4, i8(x[X_CODES] + token * stride)
+    first = token * stride // 32
+    for begin in range(0, n_in, GROUP):
+        n, group = min(GROUP, n_in - begin), first + begin // GROUP
+        scale = max(largest(source + begin * 4, n, True), float32(1e-9)) / float32(127)
+        inverse, total, values = float32(1) / scale, int32(0), f32(source)
+        for i in range(begin, begin + n):
+            code = nearest(values[i] * inverse)
+            codes[i] = code
+            total = int32(total + code)
+        f32(x[X_GROUP_SCALES])[group] = scale
+        i32(x[X_SUMS])[group] = int32(total * int32(128))
+    for i in range(n_in, stride):
+        codes[i] = 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Matrices: matmul_<encoding>(w, x, y, y_stride, n_tokens, row_begin, row_end) and rows_<encoding>(w, row, y)
 #
@@ -620,6 +687,27 @@ def matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
 
 
 @njit(**HELP)
+def matmul_tiles_i8(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
+    """Multiply the uint8 panel in x's scratch (fours along n_in, 128 too large) by all tokens in int8."""
+    never_inline()
+    x = i64(x)
+    scales, totals, stride = f32(scales), f32(x[X_TILE]), x[X_STRIDE]
+    for begin in range(0, n_tokens, TILE):
+        first = min(begin, n_tokens - TILE)
+        for i in range(TILE * PANEL):
+            totals[i] = 0
+        for start in range(0, n_in, GROUP):
+            n = (min(GROUP, n_in - start) + 3) // 4
+            panel, codes = x[X_PANEL] + start // 4 * 2 * VECTOR, x[X_CODES] + first * stride + start
+            group = (first * stride // 32 + start // GROUP) * 4
+            tile_i8(panel, codes, stride, n, x[X_GROUP_SCALES] + group, x[X_SUMS] + group, stride // 8, x[X_TILE])
+        for t in range(TILE):
+            to = f32(y + ((first + t) * y_stride + row) * 4)
+            for r in range(n_rows):
+                to[r] = totals[t * PANEL + r] * scales[r]
+
+
+@njit(**HELP)
 def matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in):
     """Multiply the float32 panel in x's scratch by all tokens."""
     never_inline()
@@ -643,8 +731,12 @@ def matmul_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
     if n_tokens >= TILE:
         for row in range(row_begin, row_end, PANEL):
             n_rows = min(PANEL, row_end - row)
-            pack_int8(matrix + row * n_in, n_in, n_rows, xs[X_PANEL])
-            matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales + row * 4, n_in)
+            if BYTES:
+                pack_bytes(matrix + row * n_in, n_in, n_rows, xs[X_PANEL])
+                matmul_tiles_i8(x, y, y_stride, n_tokens, row, n_rows, scales + row * 4, n_in)
+            else:
+                pack_pairs(matrix + row * n_in, n_in, n_rows, xs[X_PANEL])
+                matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales + row * 4, n_in)
         return
     scales, x_codes, x_bytes, x_scales = f32(scales), xs[X_CODES], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
     whole = n_in // (VECTOR // 2) * (VECTOR // 2)
@@ -659,7 +751,22 @@ def matmul_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
 
 
 @njit(**HELP)
-def pack_int8(codes, n_in, n_rows, panel):
+def pack_bytes(codes, n_in, n_rows, panel):
+    """Spread rows over lanes: panel[four, row] = codes[row, 4 four .. 4 four + 3] + 128 as uint8."""
+    never_inline()
+    done = 0
+    if n_rows == PANEL:
+        pack_squares_u8(codes, n_in, n_in // 4, panel)
+        done = n_in // 4 // LANES * LANES * 4
+    panel = u8(panel)
+    for r in range(n_rows):
+        source = i8(codes + r * n_in)
+        for i in range(done, n_in):
+            panel[(i // 4 * PANEL + r) * 4 + i % 4] = source[i] + 128
+
+
+@njit(**HELP)
+def pack_pairs(codes, n_in, n_rows, panel):
     """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16."""
     never_inline()
     n_pairs, done = n_in // 2, 0
@@ -1063,26 +1170,28 @@ def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
     if few:
         if not is_over(p[P_TEAM], phase):
             for token in range(n_tokens):
-                make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token)
+                make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token, False)
         return address, phase
     n_chunks = (n_tokens + TILE - 1) // TILE
     chunk = take_chunk(p[P_TEAM], phase, n_chunks)
     while chunk >= 0:
         for token in range(chunk * TILE, min(chunk * TILE + TILE, n_tokens)):
-            make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token)
+            make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token, True)
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
     return address, finish_phase(p[P_TEAM], phase)
 
 
 @njit(**HELP)
-def make_activation(p, x, source, gain, bias, matrix, token):
+def make_activation(p, x, source, gain, bias, matrix, token, many):
     """Do one token of `take_input`."""
     never_inline()
     w = i64(matrix)
     if gain:
         epsilon = float_of_bits(int32(p[P_EPSILON]))
         layer_norm(source, gain, bias, epsilon, i64(x)[X_NORM] + token * w[W_N_IN] * 4, w[W_N_IN])
-    if w[W_LEVELS]:
+    if w[W_LEVELS] and BYTES and many:
+        quantize_to_bytes(x, token, w[W_N_IN])
+    elif w[W_LEVELS]:
         quantize(x, token, w[W_N_IN], w[W_LEVELS])
 
 

@@ -194,10 +194,12 @@ class Activations:
 
     def __init__(self, n_tokens: int, n_in: int, n_embd: int, panel: Floats, tile: Floats) -> None:
         self._codes, self._scales = aligned((n_tokens, n_in), np.int16), aligned((n_tokens,))
-        self._sums, self._norm = aligned((n_tokens, n_in // 32)), aligned((n_tokens, n_embd))
+        self._group_scales, self._sums = aligned((n_tokens, n_in // 32)), aligned((n_tokens, n_in // 32))
+        self._norm = aligned((n_tokens, n_embd))
         self.record = np.zeros(layout.X_SIZE, np.int64)
         self.record[layout.X_CODES] = self._codes.ctypes.data
         self.record[layout.X_SCALES] = self._scales.ctypes.data
+        self.record[layout.X_GROUP_SCALES] = self._group_scales.ctypes.data
         self.record[layout.X_SUMS] = self._sums.ctypes.data
         self.record[layout.X_STRIDE] = n_in
         self.record[layout.X_NORM] = self._norm.ctypes.data
