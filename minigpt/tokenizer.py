@@ -10,6 +10,7 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,15 @@ class Tokenizer:
             If two tokens are equal, or a merge makes something that is no token.
         """
         _ = self._bpe
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write Hugging Face's tokenizer.json."""
+        from tokenizers import AddedToken, decoders
+
+        pipeline = self._build(range(self.n_vocab))
+        pipeline.decoder = decoders.ByteLevel()
+        pipeline.add_special_tokens([AddedToken(text, special=True) for text in self.special_tokens])
+        pipeline.save(str(path))
 
     def _problem(self) -> str | None:
         lengths = np.diff(self._bounds)  # [n_vocab]
