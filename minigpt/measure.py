@@ -1,0 +1,439 @@
+"""What a model costs on this machine: tokens a second, start-up, memory, and how far memory bandwidth is used.
+
+The protocol. Every figure is the median of several runs, given with the lowest and the highest, after a run that
+does not count. Decoding: a short prompt, then greedy tokens one by one, timed from the first to the last. Prefill:
+a long prompt up to the logits of its last token. Start-up and peak memory: a fresh process, whose files are in the
+page cache already. Bandwidth is measured in the same rounds as decoding, because a shared machine changes its speed.
+Nothing here prints, and nothing compares with other engines (`benchmarks/compare.py` does).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt import ops
+from minigpt.checkpoint import POSITIONS, Checkpoint, load
+from minigpt.errors import MinigptError, OptionError
+from minigpt.model import GPT2, KVCache
+from minigpt.team import default_threads
+
+RUNS = 5
+DECODE_PROMPT, DECODE_TOKENS, PREFILL_TOKENS = 16, 128, 512
+BEYOND_CACHES = 1 << 28  # bytes: what no cache of a small machine holds
+READING_SECONDS = 0.1  # of one bandwidth reading
+TEXT = "The system shall remind every borrower of a loan by e-mail three days before its end."  # 17 tokens
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing: the median, and how far they lie apart."""
+
+    median: float
+    minimum: float
+    maximum: float
+    runs: int
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Summarize measurements."""
+    figures = list(values)
+    return Spread(statistics.median(figures), min(figures), max(figures), len(figures))
+
+
+def repeat(job: Callable[[], float], runs: int = RUNS) -> Spread:
+    """Run a job that returns its figure once for warming up and `runs` times more."""
+    job()
+    return spread(job() for _ in range(runs))
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything about one file.
+
+    Attributes
+    ----------
+    decode_tokens_per_s, prefill_tokens_per_s : Spread
+    load_s : Spread
+        From the path to a model ready to run, in a process that has its kernels.
+    start : Start
+        Of a fresh process.
+    bytes_per_token : dict of str to int
+        See `bytes_per_token`.
+    bandwidth_gb_s : Spread
+        Of reading as many bytes as a token needs, again and again: caches count if they hold them.
+    memory_gb_s : Spread
+        Of reading more than caches hold.
+    bandwidth_share : Spread
+        Bytes of a token times tokens a second over `bandwidth_gb_s`, by rounds.
+    cpu_ms_per_token : Spread
+        Processor time of all threads while decoding.
+    n_prompt, n_tokens : int
+        Length of the prefill's prompt, number of decoded tokens.
+    file_bytes : int
+    machine : dict
+        See `machine`.
+    """
+
+    decode_tokens_per_s: Spread
+    prefill_tokens_per_s: Spread
+    load_s: Spread
+    start: Start
+    bytes_per_token: dict[str, int]
+    bandwidth_gb_s: Spread
+    memory_gb_s: Spread
+    bandwidth_share: Spread
+    cpu_ms_per_token: Spread
+    n_prompt: int
+    n_tokens: int
+    file_bytes: int
+    machine: dict[str, Any]
+
+
+def benchmark(
+    path: str | PathLike[str],
+    *,
+    n_threads: int | None = None,
+    n_prompt: int | None = None,
+    n_tokens: int | None = None,
+    runs: int = RUNS,
+) -> Benchmark:
+    """Measure a `.mgpt` file in interleaved rounds of bandwidth, decoding and prefill.
+
+    Parameters
+    ----------
+    path : path
+    n_threads : int, optional
+        By default the physical cores that this process may use.
+    n_prompt, n_tokens : int, optional
+        By default 512 and 128, or what the model's positions allow.
+    runs : int
+        Rounds.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a readable model.
+    OptionError
+        If a number is out of range.
+    """
+    checkpoint = load(path)
+    limit = checkpoint.config.n_positions
+    n_prompt = min(PREFILL_TOKENS, limit) if n_prompt is None else n_prompt
+    n_tokens = min(DECODE_TOKENS, limit - _first_prompt(limit) + 1) if n_tokens is None else n_tokens
+    _check("runs", runs, 1, 1000)
+    _check("the prompt's length", n_prompt, 1, limit)
+    _check("the number of tokens", n_tokens, 2, limit - _first_prompt(limit) + 1)
+    model = GPT2(checkpoint, n_threads)
+    threads = default_threads() if n_threads is None else n_threads
+    parts = bytes_per_token(checkpoint)
+    size = sum(parts.values())
+
+    def one_round() -> tuple[float, ...]:
+        near, far = bandwidth(size, threads), bandwidth(BEYOND_CACHES, threads)
+        speed, cpu = decode(model, n_tokens)
+        return near, far, speed, prefill(model, n_prompt), speed * size / 1e9 / near, 1e3 * cpu
+
+    one_round()
+    near, far, speed, prefill_speed, share, cpu = map(spread, zip(*[one_round() for _ in range(runs)], strict=True))
+    return Benchmark(
+        decode_tokens_per_s=speed,
+        prefill_tokens_per_s=prefill_speed,
+        load_s=repeat(lambda: load_time(path, n_threads), runs),
+        start=start(path, n_threads=n_threads, n_tokens=n_tokens, runs=runs),
+        bytes_per_token=parts,
+        bandwidth_gb_s=near,
+        memory_gb_s=far,
+        bandwidth_share=share,
+        cpu_ms_per_token=cpu,
+        n_prompt=n_prompt,
+        n_tokens=n_tokens,
+        file_bytes=os.path.getsize(path),
+        machine=machine(threads),
+    )
+
+
+# ---- speed -------------------------------------------------------------------------------------------------
+
+
+def decode(model: GPT2, n_tokens: int = DECODE_TOKENS) -> tuple[float, float]:
+    """Return tokens a second of greedy decoding after a short prompt, and processor seconds per token."""
+    cache = KVCache(model.config)
+    token = model.forward(some_ids(_first_prompt(model.config.n_positions), model.config.vocab_size), cache)[0].argmax()
+    began, cpu = time.perf_counter(), time.process_time()
+    for _ in range(n_tokens - 1):
+        token = model.forward([token], cache)[0].argmax()
+    spent, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return (n_tokens - 1) / spent, cpu / (n_tokens - 1)
+
+
+def prefill(model: GPT2, n_tokens: int = PREFILL_TOKENS) -> float:
+    """Return tokens a second of reading a prompt, up to the choice of the first new token."""
+    ids, cache = some_ids(n_tokens, model.config.vocab_size), KVCache(model.config)
+    began = time.perf_counter()
+    model.forward(ids, cache)[0].argmax()
+    return n_tokens / (time.perf_counter() - began)
+
+
+def load_time(path: str | PathLike[str], n_threads: int | None = None) -> float:
+    """Return the seconds from a path to a model that is ready to run."""
+    began = time.perf_counter()
+    GPT2(load(path), n_threads)
+    return time.perf_counter() - began
+
+
+def some_ids(n: int, vocab_size: int) -> NDArray[np.int64]:
+    """Return n ids spread over the vocabulary, always the same (Knuth's multiplicative hash)."""
+    return np.arange(1, n + 1, dtype=np.int64) * 2654435761 % vocab_size
+
+
+def bytes_per_token(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the bytes of weights that decoding one token reads, by part of the network.
+
+    The head counts whole, other tables with the one row that is looked up. Keys and values come on top:
+    8 * n_layer * n_head * head_dim bytes for every token so far.
+    """
+    parts = {"attention": 0, "mlp": 0, "head": 0, "other": 0}
+    for name, weight in checkpoint.weights.items():
+        part = next((p for p in ("attn", "mlp", "lm_head") if f"{p}." in name), "other")
+        one_row = name in ("wte.weight", POSITIONS)
+        parts[_PARTS[part]] += math.ceil(weight.nbytes / weight.shape[0]) if one_row else weight.nbytes
+    return parts
+
+
+_PARTS = {"attn": "attention", "mlp": "mlp", "lm_head": "head", "other": "other"}
+
+
+def bandwidth(n_bytes: int, n_threads: int, seconds: float = READING_SECONDS) -> float:
+    """Return the GB/s at which threads read memory, each its share of n_bytes over and over.
+
+    NumPy's bitwise-or of 64-bit integers needs no more than a load and a cheap operation for each vector, runs without
+    the GIL, and reaches what a C loop with eight accumulators does.
+    """
+    buffers: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * n_threads
+    rates = [0.0] * n_threads
+    together = threading.Barrier(n_threads)
+
+    def read(thread: int) -> None:
+        values = np.ones(max(1, n_bytes // n_threads // 8), np.int64)  # written where it is read
+        buffers[thread] = values
+        together.wait()
+        began, n_passes, spent = time.perf_counter(), 0, 0.0
+        while spent < seconds:
+            np.bitwise_or.reduce(values)
+            n_passes, spent = n_passes + 1, time.perf_counter() - began
+        rates[thread] = n_passes * values.nbytes / spent / 1e9
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(rates)
+
+
+# ---- a fresh process ---------------------------------------------------------------------------------------
+
+STAGES = {  # what a process does up to its first token and on; the first is the interpreter itself
+    "python": "",
+    "numpy": "import numpy",
+    "minigpt": "import minigpt; minigpt.load; from minigpt import model as m, ops, tokenizer",
+    "file": "checkpoint = minigpt.checkpoint.load(path)",
+    "numba": "ops.backend()",
+    "kernels": "model = m.GPT2(checkpoint, n_threads)",
+    "tokenizer": "ids = tokenizer.Tokenizer(checkpoint.vocabulary).encode(text)[:16]",
+    "first token": "cache = m.KVCache(model.config); token = model.forward(ids, cache)[0].argmax()",
+    "generation": "for _ in range(n_tokens - 1): token = model.forward([token], cache)[0].argmax()",
+}
+
+_CHILD = """
+import sys, time
+path, n_threads, text, n_tokens, stages = eval(sys.stdin.readline())
+for stage in stages:
+    exec(stage)
+    print(time.process_time(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one of `STAGES` cost: seconds, and megabytes (10^6) by which it raised the peak of resident memory."""
+
+    seconds: Spread
+    megabytes: Spread
+
+
+@dataclass(frozen=True)
+class Start:
+    """A fresh process from its start to its first token and through a generation.
+
+    Attributes
+    ----------
+    ttft_s : Spread
+        From starting the process to the first token, imports and all; the prompt has at most 16 tokens.
+    peak_rss_mb : Spread
+        Largest resident memory at the end of the generation, pages of the mapped file included; 10^6 bytes.
+    cpu_s : Spread
+        Processor seconds of the whole process.
+    stages : dict of str to Stage
+    """
+
+    ttft_s: Spread
+    peak_rss_mb: Spread
+    cpu_s: Spread
+    stages: dict[str, Stage]
+
+
+def start(
+    path: str | PathLike[str], *, n_threads: int | None = None, n_tokens: int = DECODE_TOKENS, runs: int = RUNS
+) -> Start:
+    """Start fresh processes that open the model and generate, and watch them.
+
+    Raises
+    ------
+    MinigptError
+        If such a process fails, or nothing here tells its memory.
+    """
+    job = (os.fspath(Path(path).resolve()), n_threads, TEXT, n_tokens, list(STAGES.values()))
+    _watch(job)
+    watched = [_watch(job) for _ in range(runs)]  # per run, per stage: seconds, peak bytes, processor seconds
+    first_token = list(STAGES).index("first token")
+    stages = {}
+    for i, name in enumerate(STAGES):
+        grown = [(run[i][1] - (run[i - 1][1] if i else 0)) / 1e6 for run in watched]
+        stages[name] = Stage(spread(run[i][0] for run in watched), spread(grown))
+    return Start(
+        ttft_s=spread(sum(seconds for seconds, _, _ in run[: first_token + 1]) for run in watched),
+        peak_rss_mb=spread(run[-1][1] / 1e6 for run in watched),
+        cpu_s=spread(run[-1][2] for run in watched),
+        stages=stages,
+    )
+
+
+def _watch(job: tuple[Any, ...]) -> list[tuple[float, int, float]]:
+    """Run a child that stops after each stage until its memory has been read."""
+    marks = []
+    began = time.perf_counter()
+    command = [sys.executable, "-c", _CHILD]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stderr
+        child.stdin.write(f"{job!r}\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            seconds = time.perf_counter() - began
+            marks.append((seconds, peak_rss(child.pid), float(line)))
+            began = time.perf_counter()
+            child.stdin.write("\n")
+            child.stdin.flush()
+        reason = child.stderr.read().strip().splitlines()
+    if len(marks) < len(STAGES):
+        stage = list(STAGES)[len(marks)]
+        raise MinigptError(f"a fresh process failed at {stage!r}: {reason[-1] if reason else child.returncode}")
+    return marks
+
+
+def peak_rss(pid: int) -> int:
+    """Return the bytes of the largest resident memory that a running process had.
+
+    From /proc on Linux (`ru_maxrss` would inherit the parent's), elsewhere from psutil.
+
+    Raises
+    ------
+    MinigptError
+        Where there is neither.
+    """
+    fields = _fields(f"/proc/{pid}/status")
+    if "VmHWM" in fields:
+        return 1024 * int(fields["VmHWM"].split()[0])
+    try:
+        import psutil
+    except ImportError:
+        raise MinigptError(
+            f"{platform.system()} tells no process's memory without psutil; pip install psutil"
+        ) from None
+    memory = psutil.Process(pid).memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
+
+
+# ---- where ------------------------------------------------------------------------------------------------------
+
+
+def machine(n_threads: int) -> dict[str, Any]:
+    """Describe what figures depend on: processor, memory, versions, threads."""
+    cpu = _fields("/proc/cpuinfo")
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    memory = _fields("/proc/meminfo").get("MemTotal", "").split()
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "features": [f for f in ("avx2", "avx512bw", "avx_vnni", "avx512_vnni", "asimddp", "i8mm") if f in flags],
+        "processors": os.cpu_count(),
+        "l3_cache": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
+        "memory_gb": round(int(memory[0]) * 1024 / 1e9, 1) if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": _version("numba"),
+        "minigpt": _version("minigpt"),
+        "backend": ops.backend(),
+        "threads": n_threads,
+        "blas": f"{blas['name']} {blas['version']}",
+        "blas_threads": {
+            k: os.environ[k] for k in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if k in os.environ
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _fields(path: str) -> Mapping[str, str]:
+    """Return the `name: value` lines of a file of the kernel's, the first of each name; empty without such a file."""
+    fields: dict[str, str] = {}
+    for line in _read(path).splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _first_prompt(n_positions: int) -> int:
+    """Return the length of the prompt before decoding."""
+    return min(DECODE_PROMPT, max(1, n_positions // 2))
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise OptionError(f"{name} must be in {low}..{high}, not {value}")
