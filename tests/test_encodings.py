@@ -46,9 +46,7 @@ def test_round_trip_within_the_bound(name, shape):
 @pytest.mark.parametrize("values", [0.0, 1.0, -3.5], ids="constant {}".format)
 def test_constant_rows_are_exact(name, values):
     w = thin(np.full((4, 64), values, np.float32), name)
-    symmetric_in_f16 = name == "nm_int4" or name.startswith(
-        "int8_g"
-    )  # the scale is rounded, or half a step off
+    symmetric_in_f16 = name == "nm_int4" or name.startswith("int8_g")  # the scale is rounded, or half a step off
     rtol = ENCODINGS[name].max_error if symmetric_in_f16 else 1e-6
     np.testing.assert_allclose(encode(w, name).decode(), w, rtol=rtol)
 
@@ -75,9 +73,7 @@ def test_product_is_that_of_the_decoded_matrix(name, n_tokens, monkeypatch):
 def test_encoding_a_decoded_matrix_changes_nothing(name):
     first = encode(thin(matrix((6, 96)), name), name)
     again = encode(first.decode(), name)
-    atol = (
-        ENCODINGS[name].max_error if name == "nm_int4" else 2e-3
-    )  # symmetric: the range ends half a step further out
+    atol = ENCODINGS[name].max_error if name == "nm_int4" else 2e-3  # symmetric: the range ends half a step further out
     np.testing.assert_allclose(again.decode(), first.decode(), atol=atol * np.abs(first.decode()).max())
 
 
@@ -125,9 +121,7 @@ def test_expanded_matrix_has_the_same_values_and_is_plain(name, shape):
     weight = encode(sparse(shape), name)
     plain = weight.expand()
     assert plain.encoding.name in ("f32", "f16", "int8", "int4")
-    np.testing.assert_allclose(
-        plain.decode(), weight.decode(), rtol=2e-3 if name == "lowrank" else 1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(plain.decode(), weight.decode(), rtol=2e-3 if name == "lowrank" else 1e-6, atol=1e-6)
 
 
 SPARSE = [name for name in ENCODINGS if name.startswith(("bitmap", "nm_", "block"))]
@@ -202,9 +196,7 @@ def test_more_than_4_of_8_are_refused():
         encode(np.array([[0] * 16, [0] * 8 + [1, 0, 1, 0, 1, 0, 1, 1]], np.float32), "nm_int8")
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"), [("nm_int8", 5), ("nm_int4", 3.25), ("int4_g128", 4.25), ("int8_g64", 8.25)]
-)
+@pytest.mark.parametrize(("name", "bits"), [("nm_int8", 5), ("nm_int4", 3.25), ("int4_g128", 4.25), ("int8_g64", 8.25)])
 def test_bits_a_weight(name, bits):
     weight = encode(thin(matrix((64, 768)), name), name)
     scales = weight.parts["scales"].nbytes if name == "nm_int8" else 0

@@ -1,7 +1,8 @@
 """The contract of a way to store a matrix: `Encoding` (one subclass, one file) and `Weight` (one encoded matrix).
 
 Everything above this floor sees matrices as `Weight`s and never asks how they are stored. A new encoding
-is one file here, one kernel in `kernels.py`, and one row in `docs/format.md`: tests and benchmarks run over `ENCODINGS`.
+is one file here, one kernel in `kernels.py`, and one row in `docs/format.md`; tests and benchmarks run over
+`ENCODINGS`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from minigpt import reference
 from minigpt.errors import EncodingError
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Parts = Mapping[str, Array]
 Rows = slice | NDArray[np.integer]  # which rows of a matrix: a range, or ids in any order
@@ -120,9 +121,7 @@ class Weight:
         """
         shapes = self.encoding.part_shapes(self.shape)
         if list(self.parts) != list(shapes):
-            raise EncodingError(
-                f"{self.encoding.name} needs the parts {list(shapes)}, not {list(self.parts)}"
-            )
+            raise EncodingError(f"{self.encoding.name} needs the parts {list(shapes)}, not {list(self.parts)}")
         for part, array in self.parts.items():
             dtype = np.dtype(self.encoding.part_dtypes[part])
             fits = array.ndim == len(shapes[part]) and all(
@@ -170,9 +169,7 @@ def encode(w: NDArray[np.floating], encoding: str = "f32") -> Weight:
         raise EncodingError(f"unknown encoding {encoding!r}; known: {', '.join(ENCODINGS)}")
     values = np.ascontiguousarray(w, dtype=np.float32)
     if not np.isfinite(values).all():
-        raise EncodingError(
-            f"a matrix {values.shape} holds NaN or infinity; only finite weights can be stored"
-        )
+        raise EncodingError(f"a matrix {values.shape} holds NaN or infinity; only finite weights can be stored")
     parts = dict(ENCODINGS[encoding].encode(values))
     for part in parts.values():
         part.setflags(write=False)

@@ -24,14 +24,13 @@ ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)  # bits tha
 
 def pack_bits(kept: Mask) -> NDArray[np.uint8]:
     """Pack a mask [n_out, n_in] into bytes [n_out, n_in / 8], rows padded to whole groups of 32 columns."""
-    return np.packbits(pad_columns(kept, 32), axis=1, bitorder="little")
+    bits: NDArray[np.uint8] = np.packbits(pad_columns(kept, 32), axis=1, bitorder="little")
+    return bits
 
 
 def unpack_bits(bitmap: Array, n_in: int) -> Mask:
     """Undo `pack_bits`: [n_rows, n_bytes] -> [n_rows, n_in]."""
-    return np.unpackbits(bitmap.astype(np.uint8, copy=False), axis=1, bitorder="little")[:, :n_in].astype(
-        np.bool_
-    )
+    return np.unpackbits(bitmap.astype(np.uint8, copy=False), axis=1, bitorder="little")[:, :n_in].astype(np.bool_)
 
 
 def pack_values(values: Array, kept: Mask) -> dict[str, Array]:
@@ -65,9 +64,7 @@ class Bitmap(Encoding):
         offsets = parts["offsets"].astype(np.int64)
         counted = ONES[parts["bitmap"]].sum(axis=1, dtype=np.int64)  # [n_out]
         if offsets[0] != 0 or (np.diff(offsets) != counted).any():
-            raise EncodingError(
-                f"the offsets of a {self.name} matrix contradict its bitmap; make the file again"
-            )
+            raise EncodingError(f"the offsets of a {self.name} matrix contradict its bitmap; make the file again")
         if len(parts["values"]) != offsets[-1] + SLACK:
             raise EncodingError(
                 f"a {self.name} matrix with {offsets[-1]} weights must have {offsets[-1] + SLACK} values, "
@@ -85,14 +82,12 @@ class BitmapInt8(Bitmap, Int8):
     sparse = True
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """A bit for each weight, where each row begins, the values, one scale per row."""
+        """Return those of a bit a weight, where each row begins, the values, one scale per row."""
         return shapes(shape) | {"scales": (shape[0],)}
 
     def pack(self, codes: NDArray[np.integer], grid: Grid, kept: Mask) -> Parts:
         """Store the codes that are kept and not zero."""
-        return pack_values(codes.astype(np.int8), kept & (codes != 0)) | {
-            "scales": grid.scales[:, 0].astype("<f4")
-        }
+        return pack_values(codes.astype(np.int8), kept & (codes != 0)) | {"scales": grid.scales[:, 0].astype("<f4")}
 
     def codes(self, parts: Parts, n_in: int, rows: Rows) -> NDArray[np.int8]:
         """Put the zeros back: [n_rows, n_in]."""
@@ -108,7 +103,7 @@ class BitmapF16(Bitmap):
     max_error = F16.max_error
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """A bit for each weight, where each row begins, the values."""
+        """Return those of a bit a weight, where each row begins, and the values."""
         return shapes(shape)
 
     def encode(self, w: Floats) -> Parts:

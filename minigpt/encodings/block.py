@@ -44,14 +44,12 @@ class BlockInt8(Int8):
         first = np.zeros(n_blocks + 1, np.bool_)
         first[pointers] = True
         if (np.diff(columns)[~first[1:n_blocks]] <= 0).any():
-            raise EncodingError(
-                "the blocks of a row of a block_int8 matrix are not ascending; make the file again"
-            )
+            raise EncodingError("the blocks of a row of a block_int8 matrix are not ascending; make the file again")
 
     def pack(self, codes: NDArray[np.integer], grid: Grid, kept: Mask) -> Parts:
         """Store the blocks that hold a code which is kept and not zero; at least one, for no part may be empty."""
         blocks = pad_columns(np.where(kept, codes, 0).astype(np.int8), WIDTH).reshape(len(codes), -1, WIDTH)
-        full = blocks.any(axis=2)  # [n_out, n_blocks of a row]
+        full: Mask = np.any(blocks, axis=2)  # [n_out, n_blocks of a row]
         full[0, 0] |= not full.any()
         return {
             "pointers": np.append(0, np.cumsum(full.sum(axis=1))).astype("<u4"),

@@ -7,11 +7,12 @@ nibble, rows padded to whole groups of 32. The table is in f16.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.encodings.base import Array, Encoding, Floats, Parts, Rows
+from minigpt.encodings.base import Encoding, Floats, Parts, Rows
 from minigpt.encodings.grid import half, pack_nibbles, pad_columns, unpack_nibbles
 
 ROUNDS = 20  # of Lloyd's algorithm; the error falls by less than 1 % after
@@ -72,7 +73,15 @@ def nearest(w: Floats, table: Floats) -> NDArray[np.uint8]:
     return np.stack([np.searchsorted(b, v) for b, v in zip(borders, w, strict=True)]).astype(np.uint8)
 
 
-class Codebook4(Encoding):
+class Codebook(Encoding):
+    """What both share: they encode with regard to how much a column matters."""
+
+    @abstractmethod
+    def encode(self, w: Floats, sensitivity: Floats | None = None) -> Parts:
+        """Cluster; a column's sensitivity [n_in] weighs its squared errors."""
+
+
+class Codebook4(Codebook):
     """16 values for each row: 4 bits a weight and 32 bytes a row."""
 
     name = "codebook4"
@@ -98,7 +107,7 @@ class Codebook4(Encoding):
         return np.take_along_axis(parts["table"][rows].astype(np.float32), codes, axis=1)
 
 
-class Codebook8(Encoding):
+class Codebook8(Codebook):
     """256 values for the matrix: 8 bits a weight."""
 
     name = "codebook8"
@@ -106,12 +115,10 @@ class Codebook8(Encoding):
     tables = "int8"
     positions = "f16"
     twin = "f16"
-    max_error = (
-        math.inf
-    )  # relative to the matrix it would be 2; a row much smaller than the others may get no value
+    max_error = math.inf  # relative to the matrix it would be 2; a row much smaller than the others may get no value
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """A byte for each weight, one table."""
+        """Return those of a byte a weight and one table."""
         return {"codes": shape, "table": (256,)}
 
     def encode(self, w: Floats, sensitivity: Floats | None = None) -> Parts:
@@ -122,5 +129,5 @@ class Codebook8(Encoding):
 
     def decode(self, parts: Parts, n_in: int, rows: Rows) -> Floats:
         """Look every code up in the table."""
-        table: Array = parts["table"].astype(np.float32)
-        return table[parts["codes"][rows]]  # type: ignore[return-value]
+        w: Floats = parts["table"].astype(np.float32)[parts["codes"][rows]]
+        return w

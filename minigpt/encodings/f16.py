@@ -26,9 +26,7 @@ class F16(Encoding):
         """Round to the nearest half; refuse what would become infinite."""
         largest = float(np.abs(w).max(initial=0.0))
         if largest > LARGEST:
-            raise EncodingError(
-                f"a weight of {largest:g} is beyond f16's {LARGEST:g}; use f32 for this matrix"
-            )
+            raise EncodingError(f"a weight of {largest:g} is beyond f16's {LARGEST:g}; use f32 for this matrix")
         return {"values": w.astype("<f2")}
 
     def decode(self, parts: Parts, n_in: int, rows: Rows) -> Floats:

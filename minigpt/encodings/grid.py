@@ -60,7 +60,8 @@ class OnGrid(Encoding):
 
     def kept(self, w: Floats) -> Mask:
         """Return which weights of w [n_out, n_in] are stored."""
-        return w != 0
+        kept: Mask = w != 0
+        return kept
 
     def grid(self, w: Floats, symmetric: bool = False) -> Grid:
         """Return the grid that spans every group of w [n_out, n_in]."""
@@ -84,7 +85,8 @@ class OnGrid(Encoding):
 def pack_nibbles(codes: Array) -> NDArray[np.uint8]:
     """Pack codes 0..15, [n, multiple of 32], into bytes: byte j of 32 codes holds codes j and j + 16."""
     halves = codes.astype(np.uint8).reshape(len(codes), -1, 2, 16)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(codes), -1)
+    packed: NDArray[np.uint8] = halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)
+    return packed.reshape(len(codes), -1)
 
 
 def unpack_nibbles(packed: Array) -> NDArray[np.uint8]:
@@ -108,7 +110,5 @@ def half(values: Floats) -> Floats:
     """
     largest = float(np.abs(values).max(initial=0.0))
     if largest > LARGEST:
-        raise EncodingError(
-            f"a scale or minimum of {largest:g} is beyond f16's {LARGEST:g}; use f32 for this matrix"
-        )
+        raise EncodingError(f"a scale or minimum of {largest:g} is beyond f16's {LARGEST:g}; use f32 for this matrix")
     return values.astype(np.float16).astype(np.float32)

@@ -22,9 +22,7 @@ class Int4(OnGrid):
     group = 32
     part_dtypes = {"codes": "|u1", "scales": "<f2", "minimums": "<f2"}
     activation = "i16"
-    tables = (
-        "int8"  # 4-bit tables destroy GPT-2: perplexity 353 against 25.6 with int8 ones (mhoffma/llm_mojo)
-    )
+    tables = "int8"  # 4-bit tables destroy GPT-2: perplexity 353 against 25.6 with int8 ones (mhoffma/llm_mojo)
     positions = "f16"
     twin = "int4"
     lowest, highest = 0, 15
@@ -73,9 +71,7 @@ class Int4(OnGrid):
         n_bytes, groups = plain.part_shapes(shape)["codes"][1], plain.part_shapes(shape)["scales"][1]
         codes = np.ascontiguousarray(parts["codes"][:, :n_bytes])
         each = np.arange(groups) * 32 // self.group
-        return Weight(
-            plain, shape, {"codes": codes, **{p: parts[p][:, each] for p in ("scales", "minimums")}}
-        )
+        return Weight(plain, shape, {"codes": codes, **{p: parts[p][:, each] for p in ("scales", "minimums")}})
 
 
 class Int4G64(Int4):

@@ -1,4 +1,4 @@
-"""`int8`: symmetric 8-bit codes with one scale per row, w[o, i] = codes[o, i] * scales[o]; `int8_g32` and up: per group."""
+"""`int8`: symmetric 8-bit codes with one scale per row, w[o, i] = codes[o, i] * scales[o]; `int8_g32`...: per group."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Int8(OnGrid):
 
     def codes(self, parts: Parts, n_in: int, rows: Rows) -> NDArray[np.int8]:
         """Return the chosen rows of codes [n_rows, n_in]: what encodings of the same codes differ in."""
-        return parts["codes"][rows]  # type: ignore[return-value]
+        return parts["codes"][rows]
 
     def decode(self, parts: Parts, n_in: int, rows: Rows) -> Floats:
         """Multiply the codes by their row's scale."""

@@ -1,4 +1,7 @@
-"""`lowrank`: w = a b, two thin matrices in f16. Smaller than a dense f16 matrix below rank n_out n_in / (n_out + n_in)."""
+"""`lowrank`: w = a b, two thin matrices in f16.
+
+Smaller than a dense f16 matrix below the rank n_out n_in / (n_out + n_in), than `int8` below half of it.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,10 @@ class LowRank(Encoding):
 
     def decode(self, parts: Parts, n_in: int, rows: Rows) -> Floats:
         """Multiply the chosen rows of a by b."""
-        return parts["a"][rows].astype(np.float32) @ parts["b"].astype(np.float32)
+        w: Floats = parts["a"][rows].astype(np.float32) @ parts["b"].astype(np.float32)
+        return w
 
     def matmul(self, parts: Parts, shape: tuple[int, ...], x: Floats) -> Floats:
         """Multiply by one factor after the other: rank (n_out + n_in) products for each token."""
-        return (x @ parts["b"].astype(np.float32).T) @ parts["a"].astype(np.float32).T
+        y: Floats = (x @ parts["b"].astype(np.float32).T) @ parts["a"].astype(np.float32).T
+        return y

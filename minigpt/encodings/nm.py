@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from minigpt.encodings.base import ENCODINGS, Array, Encoding, Floats, Parts, Rows, Weight
 from minigpt.encodings.bitmap import ONES, pack_bits, unpack_bits
-from minigpt.encodings.grid import Grid, Mask, OnGrid, half, pack_nibbles, pad_columns, unpack_nibbles
+from minigpt.encodings.grid import Grid, Mask, OnGrid, pack_nibbles, pad_columns, unpack_nibbles
 from minigpt.encodings.int8 import Int8
 from minigpt.errors import EncodingError
 
@@ -49,7 +49,8 @@ def four_of_eight(kept: Mask) -> Mask:
             "prune with the pattern 2:4 or 4:8 first"
         )
     vacant = np.cumsum(~groups, axis=2) <= (N - counts)[..., None]
-    return (groups | (~groups & vacant)).reshape(kept.shape)
+    full: Mask = (groups | (~groups & vacant)).reshape(kept.shape)
+    return full
 
 
 class NM(Encoding):
@@ -64,9 +65,7 @@ class NM(Encoding):
     def check(self, parts: Parts, shape: tuple[int, ...]) -> None:
         """Count the bits of every mask."""
         if (ONES[parts["masks"]] != N).any():
-            raise EncodingError(
-                f"a mask of a {self.name} matrix does not keep {N} of {M} columns; make the file again"
-            )
+            raise EncodingError(f"a mask of a {self.name} matrix does not keep {N} of {M} columns; make the file again")
 
 
 class NMInt8(NM, Int8):
@@ -77,7 +76,7 @@ class NMInt8(NM, Int8):
     sparse = True
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """A byte and 4 codes for every 8 columns, one scale per row."""
+        """Return those of a byte and 4 codes for 8 columns, one scale per row."""
         n_out, n_in = shape
         groups = -(-n_in // self.multiple)
         return {"masks": (n_out, groups * 4), "codes": (n_out, groups * 16), "scales": (n_out,)}
@@ -107,7 +106,7 @@ class NMInt4(NM, OnGrid):
     max_error = 0.5 / 7.5 + 2.0**-10
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """A byte and 4 half bytes for every 8 columns, one scale for every 64."""
+        """Return those of a byte and 4 half bytes for 8 columns, one scale for 64."""
         n_out, n_in = shape
         groups = -(-n_in // 64)
         return {"masks": (n_out, groups * 8), "codes": (n_out, groups * 16), "scales": (n_out, groups)}
