@@ -106,7 +106,7 @@ def lowrank(
         result = checkpoint
         for i in range(checkpoint.config.n_layer):
             result = updated(result, change(i, result.weights, {}))
-    return noted(result, ranks=ranks, bytes=result.nbytes)
+    return noted(result, ranks=ranks)
 
 
 @step(encoding=choice(CODEBOOKS), weighted=switch(), only=ONLY)
@@ -132,8 +132,7 @@ def codebook(
         for name in matching(checkpoint, i, only):
             w = checkpoint.weights[f"{name}.weight"].decode()
             changes[f"{name}.weight"] = Weight(kind, w.shape, kind.encode(w, squares.get(name)))
-    result = updated(checkpoint, changes)
-    return noted(result, bytes=result.nbytes)
+    return updated(checkpoint, changes)
 
 
 @step(layers=whole(2), only=ONLY)
@@ -160,5 +159,4 @@ def share(checkpoint: Checkpoint, calibration: Calibration | None, *, layers: in
             group.clear()
         return changes
 
-    result = by_layer(checkpoint, text_, change)
-    return noted(result, bytes=result.nbytes)
+    return by_layer(checkpoint, text_, change)

@@ -74,8 +74,8 @@ def hqq(
     """Shift the grid so that outliers pull less: half-quadratic quantization (Badri and Shaji 2023), without data.
 
     Minimizes sum |w - round(w)|^p over the minimum of each group by splitting off sparse errors e: e is the
-    generalized soft threshold of w - round(w), the minimum the mean of what is left. Where zero must stay on the grid there
-    is nothing to shift, and this is `rtn`.
+    generalized soft threshold of w - round(w), the minimum the mean of what is left. Where zero must stay on the grid
+    there is nothing to shift, and this is `rtn`.
     """
     grid = encoding.grid(w, symmetric)
     if symmetric or not grid.minimums.any():
@@ -294,7 +294,7 @@ def requantize(
     counts: dict[str, int] = {}
     for name in encodings:
         counts[checkpoint.weights[name].encoding.name] = counts.get(checkpoint.weights[name].encoding.name, 0) + 1
-    return noted(checkpoint, stored=counts, bytes=checkpoint.nbytes, **({"chosen": choices} if choices else {}))
+    return noted(checkpoint, stored=counts, **({"chosen": choices} if choices else {}))
 
 
 def _needs_gram(method: str) -> bool:
