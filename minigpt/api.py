@@ -113,9 +113,9 @@ class Score:
     Attributes
     ----------
     ids : tuple of int
-        The tokens of the text.
+        The tokens of the text; all but the first, if the model has no end-of-text token to begin with.
     logprobs : ndarray of shape (n_tokens,), dtype=float32
-        Of each token given those before it; the first follows the end-of-text token.
+        Of each token given those before it.
     """
 
     ids: tuple[int, ...]
@@ -158,13 +158,13 @@ class MiniGPT:
         prompt : str
             An empty one lets the model begin a text of its own.
         **options
-            Those of `pieces`, and `n_beams`, `length_penalty` for beam search.
+            Those of `complete`, but for `n`.
         """
-        return self.complete(prompt, **options)[0].text
+        return self.complete(prompt, **_for_one(options))[0].text
 
     def stream(self, prompt: str = "", **options: Any) -> Iterator[str]:
-        """Yield the continuation piece by piece, in whole characters; options as in `pieces`."""
-        return (piece.text for piece in self.pieces(prompt, **options) if piece.text)
+        """Yield the continuation piece by piece, in whole characters; options as in `pieces`, but for `n`."""
+        return (piece.text for piece in self.pieces(prompt, **_for_one(options)) if piece.text)
 
     def complete(
         self,
@@ -172,7 +172,7 @@ class MiniGPT:
         *,
         n: int = 1,
         n_beams: int | None = None,
-        length_penalty: float = 1.0,
+        length_penalty: float | None = None,
         max_tokens: int = MAX_TOKENS,
         stop: Collection[str] = (),
         logprobs: bool = False,
@@ -187,8 +187,8 @@ class MiniGPT:
             How many.
         n_beams : int, optional
             Search with so many beams instead of sampling; no other option but `max_tokens` and `stop` applies.
-        length_penalty : float
-            Of the beam search: above 0 favours long continuations.
+        length_penalty : float, optional
+            Of the beam search, 1 by default: above 0 favours long continuations.
         max_tokens : int
             Tokens in each.
         stop : collection of str
@@ -200,10 +200,11 @@ class MiniGPT:
         """
         if n_beams is not None:
             if options or logprobs:
-                raise OptionError(
-                    f"a beam search takes no {', '.join([*options, *['logprobs'] * logprobs])}; omit it"
-                )
-            return self._search(prompt, n, n_beams, length_penalty, max_tokens, stop)
+                raise OptionError(f"a beam search takes no {[*options, 'logprobs'][0]}; omit it or n_beams")
+            penalty = 1.0 if length_penalty is None else length_penalty
+            return self._search(prompt, n, n_beams, penalty, max_tokens, stop)
+        if length_penalty is not None:
+            raise OptionError(f"length_penalty = {length_penalty!r} is of a beam search; give n_beams, too")
         pieces = self.pieces(prompt, n=n, max_tokens=max_tokens, stop=stop, logprobs=logprobs, **options)
         samples: list[list[Piece]] = [[] for _ in range(n)]
         for piece in pieces:
@@ -259,7 +260,6 @@ class MiniGPT:
         known = SamplingOptions.__dataclass_fields__
         if unknown := [name for name in sampling if name not in known]:
             raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
-        watches = [StopStrings(stop) for _ in range(n)] if isinstance(n, int) else []
         steps = generator.generate(
             self.model,
             self._encode(prompt),
@@ -270,7 +270,7 @@ class MiniGPT:
             logprobs=logprobs,
             context_shift=context_shift,
         )
-        return self._watched(steps, watches)
+        return self._watched(steps, [StopStrings(stop) for _ in range(n)])
 
     def _watched(self, steps: Iterator[generator.Step], watches: Sequence[StopStrings]) -> Iterator[Piece]:
         """Turn ids into text, and end a sample where a stop string does."""
@@ -319,19 +319,25 @@ class MiniGPT:
         Raises
         ------
         OptionError
-            If the text is empty.
+            If the text is empty; a model without an end-of-text token needs two tokens.
         ContextError
             If it is longer than the context.
         """
-        ids = self.tokenizer.encode(text)
-        if not ids:
-            raise OptionError("an empty text has no score; give at least one character")
-        begin = [] if self._end is None else [self._end]
-        logprobs = generator.score(self.model, [*begin, *ids])
-        return Score(tuple(ids if begin else ids[1:]), logprobs)
+        ids = [*self._stop_ids, *self.tokenizer.encode(text)]
+        if len(ids) < 2:
+            raise OptionError(f"the text {text!r} is too short for a score; give at least one character more")
+        return Score(tuple(ids[1:]), generator.score(self.model, ids))
 
     def logits(self, ids: ArrayLike) -> Floats:
-        """Return the logits [n_tokens, vocab_size] of every position of a text given as ids."""
+        """Return the logits [n_tokens, vocab_size] of every position of a text given as ids.
+
+        Raises
+        ------
+        OptionError
+            If there is no id, or one outside the vocabulary.
+        ContextError
+            If there are more than the context holds.
+        """
         return np.concatenate(list(self.model.logits(ids)))
 
     # ---- life ----------------------------------------------------------------------------------------------
@@ -369,3 +375,10 @@ class MiniGPT:
         """Encode a prompt; an empty one becomes the end-of-text token, after which texts begin."""
         ids = self.tokenizer.encode(prompt)
         return ids or list(self._stop_ids)
+
+
+def _for_one(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a method that gives one text."""
+    if "n" in options:
+        raise OptionError(f"n = {options['n']!r} is not allowed here; `complete` returns several texts")
+    return options

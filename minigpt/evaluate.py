@@ -38,9 +38,9 @@ class Evaluation:
         exp(nll).
     nll : float
         Mean negative log-likelihood of a target, nats.
-    bits_per_byte : float
+    bits_per_byte : float or None
         Bits for all targets over the bytes of text that they stand for (end-of-text stands for none):
-        comparable between models of different vocabularies.
+        comparable between models of different vocabularies. None if there are no such bytes.
     tokens : int
         Number of targets.
     context, stride : int
@@ -53,7 +53,7 @@ class Evaluation:
 
     perplexity: float
     nll: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     context: int
     stride: int
@@ -69,22 +69,23 @@ def read_documents(path: str | PathLike[str]) -> list[str]:
     MinigptError
         If the file cannot be read, is not UTF-8, or a line is not such an object.
     """
+    name = repr(str(path))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8")  # as it is: line ends count as bytes, too
     except OSError as error:
-        raise MinigptError(f"cannot read the text {path}: {error.strerror}") from None
+        raise MinigptError(f"cannot read the text {name}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
-        raise MinigptError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8 first") from None
+        raise MinigptError(f"{name} is not UTF-8 (byte {error.start}); convert it to UTF-8 first") from None
     if Path(path).suffix not in (".jsonl", ".ndjson"):
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # JSON may hold other line ends
         try:
             document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             document = None
         if not isinstance(document, str):
-            raise MinigptError(f'line {number} of {path} is not of the form {{"text": "..."}}')
+            raise MinigptError(f'line {number} of {name} is not of the form {{"text": "..."}}; correct it')
         documents.append(document)
     return documents
 
@@ -129,9 +130,7 @@ def evaluate(
         If context or stride is out of range, the text is shorter than two tokens, or the vocabularies differ.
     """
     limit = (
-        model.config.n_positions
-        if reference is None
-        else min(model.config.n_positions, reference.config.n_positions)
+        model.config.n_positions if reference is None else min(model.config.n_positions, reference.config.n_positions)
     )
     context = limit if context is None else context
     if not 1 <= context <= limit:
@@ -168,7 +167,7 @@ def evaluate(
     return Evaluation(
         perplexity=math.exp(min(mean, 700.0)),
         nll=mean,
-        bits_per_byte=nll / math.log(2) / n_bytes if n_bytes else math.nan,
+        bits_per_byte=nll / math.log(2) / n_bytes if n_bytes else None,
         tokens=n_tokens,
         context=min(context, len(ids) - 1),
         stride=min(stride, len(ids) - 1),

@@ -30,13 +30,14 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate and print."""
     if options.max_tokens is not None and options.max_tokens < 1:
         raise OptionError(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    common.announce_compiling()
     documents = evaluate.read_documents(options.text)
     checkpoint = common.open_model(options.model)
     model = GPT2(checkpoint, options.threads)
-    reference = GPT2(common.open_model(options.reference), options.threads) if options.reference else None
-    ids = evaluate.encode_documents(
-        Tokenizer(checkpoint.vocabulary), documents, checkpoint.config.eos_token_id
-    )
+    reference = None
+    if options.reference is not None:
+        reference = GPT2(common.open_model(options.reference), options.threads)
+    ids = evaluate.encode_documents(Tokenizer(checkpoint.vocabulary), documents, checkpoint.config.eos_token_id)
     result = evaluate.evaluate(
         model,
         ids,

@@ -7,18 +7,16 @@ import dataclasses
 import json
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
 
 from minigpt import api, ops
 from minigpt.commands import common
 from minigpt.errors import MinigptError, OptionError
 from minigpt.sampling import SamplingOptions
 
-EXAMPLE = (
-    "Product: Loan portal\nFeature: Loan renewal\n"  # in the form that the embedded model was trained on
-)
+EXAMPLE = "Product: Loan portal\nFeature: Loan renewal\n"  # a record, the embedded model's native form
 
-HELP = {  # the flags of SamplingOptions: (type, metavar, help)
+SAMPLING = {  # the flags that are fields of SamplingOptions: (type, metavar, help)
     "temperature": (float, "T", "0 is greedy; higher is more varied"),
     "top_k": (int, "K", "only the K likeliest tokens; 0: all"),
     "top_p": (float, "P", "only the likeliest tokens that make up the share P"),
@@ -31,35 +29,34 @@ HELP = {  # the flags of SamplingOptions: (type, metavar, help)
     "seed": (int, "N", "the same seed gives the same text"),
 }
 
+WHOLE = ("n", "n_beams", "length_penalty")  # with these there is no single text to stream
+OPTIONS = (*SAMPLING, *WHOLE, "max_tokens", "logit_bias", "banned", "stop", "context_shift", "logprobs")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("prompt", nargs="?", help="read from a pipe if there is one; default: an example")
+    """Declare the options; those of `MiniGPT.complete` are None unless given."""
+    add = parser.add_argument
+    add("prompt", nargs="?", help="default: a pipe if there is one, or else an example record")
     common.add_model(parser)
-    parser.add_argument(
-        "--max-tokens", type=int, default=api.MAX_TOKENS, metavar="N", help="default: %(default)s"
-    )
+    add("--max-tokens", type=int, metavar="N", help=f"of each text (default: {api.MAX_TOKENS})")
     defaults = SamplingOptions()
-    for name, (kind, metavar, text) in HELP.items():
+    for name, (kind, metavar, text) in SAMPLING.items():
         default = getattr(defaults, name)
         shown = f"{text} (default: {default})" if default is not None else text
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=shown
-        )
-    parser.add_argument(
-        "--logit-bias", action="append", type=_bias, default=[], metavar="ID=X", help="may be repeated"
+        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=shown)
+    add("--logit-bias", action="append", type=_bias, metavar="ID=X", help="add X to this token's logit; repeatable")
+    add("--ban", dest="banned", action="append", type=int, metavar="ID", help="never this token; repeatable")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    add("-n", type=int, metavar="N", help="so many samples, or hypotheses of a beam search")
+    add("--beams", dest="n_beams", type=int, metavar="N", help="beam search instead of sampling")
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="of a beam search; above 0 favours long texts (default: 1.0)",
     )
-    parser.add_argument("--ban", action="append", type=int, default=[], metavar="ID", help="never this token")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    parser.add_argument(
-        "-n", type=int, default=1, metavar="N", help="so many samples, or hypotheses of a beam search"
-    )
-    parser.add_argument("--beams", type=int, metavar="N", help="beam search instead of sampling")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of the beam search")
-    parser.add_argument("--context-shift", action="store_true", help="go on when the context is full")
-    parser.add_argument(
-        "--logprobs", action="store_true", help="with --json: the log-probability of each token"
-    )
+    add("--context-shift", action="store_true", default=None, help="go on when the context is full")
+    add("--logprobs", action="store_true", default=None, help="with --json: of each token")
     parser.add_argument("--no-echo", action="store_true", help="do not print the prompt")
     parser.add_argument("--quiet", action="store_true", help="no statistics")
     common.add_threads(parser)
@@ -68,72 +65,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Generate and print."""
+    if options.logprobs and not options.json:
+        raise OptionError("--logprobs is shown in JSON only; add --json or omit it")
     prompt = _prompt(options)
     common.announce_compiling(options.quiet)
     began = time.perf_counter()
     model = api.load(options.model, options.threads)
-    if options.beams is None and options.n == 1 and not options.json:
-        _stream(model, prompt, options, began)
+    if options.logit_bias:
+        options.logit_bias = dict(options.logit_bias)
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    if not options.json and not given.keys() & WHOLE:
+        _stream(model.pieces(prompt, **given), "" if options.no_echo else prompt, options.quiet, began)
         return
-    completions = model.complete(prompt, **_settings(options))
+    completions = model.complete(prompt, **given)
     if options.json:
         print(json.dumps({"prompt": prompt, "completions": [dataclasses.asdict(c) for c in completions]}))
         return
     for number, completion in enumerate(completions, 1):
         score = "" if completion.score is None else f", score {completion.score:.4f}"
-        common.note(f"--- {number} ({completion.finish_reason}{score})")
+        if not options.quiet:
+            common.note(f"--- {number} ({completion.finish_reason}{score})")
         print(("" if options.no_echo else prompt) + completion.text, flush=True)
 
 
-def _stream(model: api.MiniGPT, prompt: str, options: argparse.Namespace, began: float) -> None:
-    if not options.no_echo:
-        print(prompt, end="", flush=True)
+def _stream(pieces: Iterator[api.Piece], echo: str, quiet: bool, began: float) -> None:
     times, reason = [began], None
-    for piece in model.pieces(prompt, **_settings(options)):
-        print(piece.text, end="", flush=True)
+    for piece in pieces:
+        print(echo + piece.text, end="", flush=True)  # the prompt with the first: errors come before any output
         times.append(time.perf_counter())
-        reason = piece.finish_reason
+        echo, reason = "", piece.finish_reason
     print(flush=True)
-    if not options.quiet:
+    if not quiet:
         n, spent = len(times) - 1, times[-1] - times[1]
         speed = f", {(n - 1) / spent:.0f} tokens/s" if n > 1 else ""
         first = f"first after {times[1] - began:.2f} s{speed}, {ops.backend()}"
         common.note(f"[{n} tokens, {first}, finished: {reason}]")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `MiniGPT.complete`; those that do not apply are left out, or refused if given."""
-    shared = {"max_tokens": options.max_tokens, "stop": options.stop}
-    sampling: dict[str, Any] = {name: getattr(options, name) for name in HELP}
-    sampling |= {"logit_bias": dict(options.logit_bias), "banned": options.ban}
-    if options.beams is None:
-        extra: dict[str, Any] = {"context_shift": options.context_shift, "logprobs": options.logprobs}
-        return shared | sampling | extra | ({"n": options.n} if options.n != 1 else {})
-    defaults = SamplingOptions()
-    given = [
-        name for name, value in sampling.items() if value != getattr(defaults, name) and value not in ({}, [])
-    ]
-    given += [name for name in ("context_shift", "logprobs") if getattr(options, name)]
-    if given:
-        raise OptionError(f"--beams does not go with --{given[0].replace('_', '-')}; omit one of them")
-    return shared | {"n": options.n, "n_beams": options.beams, "length_penalty": options.length_penalty}
-
-
 def _prompt(options: argparse.Namespace) -> str:
-    if options.prompt is not None:
-        return str(options.prompt)
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
-    return piped or EXAMPLE
-
-
-def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MinigptError(f"the prompt is not UTF-8 (byte {error.start}); convert it first") from None
+        if options.prompt is not None:
+            options.prompt.encode()  # Python keeps what was not UTF-8 as lone surrogates
+            return str(options.prompt)
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode()
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        raise MinigptError(f"the prompt is not UTF-8 (from {error.start} on); convert it first") from None
+    return piped or EXAMPLE
 
 
 def _bias(text: str) -> tuple[int, float]:
     id, _, bias = text.partition("=")
-    return int(id), float(bias)
+    try:
+        return int(id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=X, such as 198=-2.5") from None

@@ -35,18 +35,19 @@ def run(options: argparse.Namespace) -> None:
             f"{t['bytes']:,}",
             f"{t['bits_per_weight']:.2f}",
         )
-        for t in [*report["tensors"]]
+        for t in report["tensors"]
     )
     for number, entry in enumerate(report["history"], 1):
         print(f"\n{number}. {common.printable(json.dumps(entry, ensure_ascii=False))}")
 
 
 def describe(checkpoint: Checkpoint, n_bytes: int) -> dict[str, Any]:
-    """Return the report as JSON values; a tied head is listed once, under its alias too."""
+    """Return the report as JSON values; a tied head is not listed again."""
     tensors = []
-    for name, weight in checkpoint.weights.items():
+    for name in checkpoint.config.shapes():
         if name == "lm_head.weight" and checkpoint.tied:
             continue
+        weight = checkpoint.weights[name]
         size = int(weight.shape[0] if len(weight.shape) == 1 else weight.shape[0] * weight.shape[1])
         tensors.append(
             {

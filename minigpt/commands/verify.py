@@ -1,4 +1,4 @@
-"""`minigpt verify`: is every byte of a file as it was written, and does the model make sense?"""
+"""`minigpt verify`: whether every byte of a file is as it was written, and the model makes sense."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from minigpt import checkpoint
 from minigpt import format as mgpt
+from minigpt.commands import common
 from minigpt.errors import FormatError
 from minigpt.tokenizer import Tokenizer
 
@@ -26,4 +27,4 @@ def run(options: argparse.Namespace) -> None:
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 raise FormatError(f"part {part!r} of {name} holds NaN or infinity; convert the model again")
     Tokenizer(model.vocabulary)
-    print(f"{options.file}: intact ({report.parts} parts, {report.bytes:,} bytes)")
+    print(f"{common.printable(options.file)}: intact ({report.parts} parts, {report.bytes:,} bytes)")

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run one token and a short prompt: what that compiles is in numba's cache from then on."""
+    common.announce_compiling()
     checkpoint = common.open_model(options.model)
     if ops.backend() == "numpy":
         print("nothing to compile: the NumPy backend is in use")
