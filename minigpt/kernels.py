@@ -1,4 +1,4 @@
-"""Everything that is compiled: matrices times activations, attention, the whole network, and the threads' meeting points.
+"""Everything that is compiled: matrices times activations, attention, the whole network, the threads' meetings.
 
 Every entry point takes addresses and integers (records are described in `layout.py`), holds no Python object, allocates
 nothing and cannot raise, so that it runs without the GIL and can be compiled ahead of time for other machines. Vector
@@ -9,6 +9,7 @@ The file reads upwards in size: addresses, vectors, scalar functions, matrices, 
 """
 
 # ruff: noqa: F403, F405
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="call-arg, var-annotated"
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 from llvmlite import ir
 from numba import cfunc, config, njit, types
 from numba.core import cgutils
@@ -26,7 +26,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from minigpt import layout
-from minigpt.layout import *  # the indices of record fields: W_ a matrix, X_ activations, L_ a layer, P_ a program, T_ a team
+from minigpt.layout import *  # indices of fields: W_ of a matrix, X_ activations, L_ a layer, P_ a program, T_ a team
 
 # Reductions may be reordered and multiply-adds fused; NaN and infinity keep their meaning. Division by zero gives
 # infinity: numba's default would raise, and its check keeps loops from being vectorized.
@@ -34,7 +34,8 @@ FAST: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model
 HELP: dict[str, Any] = {**FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 EXACT: dict[str, Any] = {**HELP, "fastmath": {"contract", "nsz"}}
 
-int64, float32, int32 = types.int64, types.float32, types.int32
+int64, float32, int32 = types.int64, types.float32, types.int32  # of numba
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()  # of LLVM
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Entry points: compiled one by one when asked for, because a process pays for each
@@ -68,7 +69,8 @@ def compile_entry(name: str) -> Any:
 # The target
 # ---------------------------------------------------------------------------------------------------------------------
 
-FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+WANTED = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, or none of them for NUMBA_CPU_NAME=generic
+FEATURES = get_host_cpu_features() if WANTED is None else WANTED
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 VECTOR = 64 if "+avx512bw" in FEATURES else 32 if "+avx2" in FEATURES else 16  # bytes of a vector register
 HALF_IN_HARDWARE = not X86 or "+f16c" in FEATURES  # else the conversion would call a library
@@ -76,7 +78,7 @@ LANES = VECTOR // 4  # of 4 bytes
 PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
 # The CPU multiplies bytes four at a time, twice as many as int16: tiles of integer matrices take int8 activations
 BYTES = (VECTOR == 64 and "+avx512vnni" in FEATURES) or (VECTOR == 32 and "+avxvnni" in FEATURES)
-GROUP = 128  # int8 activations that share a scale: an outlier spoils no more than these
+GROUP = 64  # int8 activations that share a scale: an outlier spoils no more than these
 TILE = 6 if X86 and VECTOR < 64 else 12  # tokens of a tile: 2 * TILE accumulators must fit the 16 or 32 registers
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,6 +123,17 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
         return b.bitcast(arguments[0], ir.IntType(32))
 
     return int32(float32), build
+
+
+@intrinsic
+def square_root(typing_context: Any, value: Any) -> Any:
+    """Return the square root of a float32 by the processor's instruction, where `np.sqrt` calls a library."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(F32, [F32])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.sqrt.f32"), arguments)
+
+    return float32(float32), build
 
 
 @intrinsic
@@ -182,9 +195,6 @@ def call_yield(typing_context: Any, address: Any) -> Any:
 
 def _vector(element: Any, n: int) -> Any:
     return ir.VectorType(element, n)
-
-
-I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
 def _offset(b: Any, address: Any, index: Any, size: int = 1) -> Any:
@@ -335,7 +345,7 @@ def dot_i4(typing_context: Any, codes: Any, scales: Any, minimums: Any, x: Any, 
             lowest = _half(b, _load(b, _offset(b, minimums, group, 2), _vector(I16, groups)))
             b.store(_multiply_add(b, lowest, _load(b, _offset(b, sums, group, 4), lowest.type), b.load(offset)), offset)
 
-        # as many groups at a time as fill a vector, then one by one; all totals meet in four lanes before they are summed
+        # as many groups at a time as fill a vector, then one by one; all totals meet in four lanes at last
         result, done = ir.Constant(_vector(F32, 4), None), constant(0)
         for groups in sorted({GROUPS, 1}, reverse=True):
             (total,), (offset,) = (_accumulators(b, _vector(F32, n * groups), 1) for n in (4, 1))
@@ -353,7 +363,7 @@ def dot_i4(typing_context: Any, codes: Any, scales: Any, minimums: Any, x: Any, 
 
 @intrinsic
 def order_for_i4(typing_context: Any, x: Any, y: Any, n_groups: Any) -> Any:
-    """Copy int16 activations so that those of one nibble stand together: 0, 2, .. 14 of each group, 16, .. 30, odd ones."""
+    """Copy int16 activations so that those of one nibble stand together: 0, 2, .. 14, then 16, .. 30, then odd."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         x, y, n_groups = arguments
@@ -592,7 +602,7 @@ def layer_norm(x, gain, bias, epsilon, y, n):
     total = float32(0)
     for i in range(n):
         total += (x[i] - mean) * (x[i] - mean)
-    factor = float32(1) / np.sqrt(total / float32(n) + epsilon)
+    factor = float32(1) / square_root(total / float32(n) + epsilon)
     for i in range(n):
         y[i] = (x[i] - mean) * factor * gain[i] + bias[i]
 
@@ -938,7 +948,9 @@ def _atomic(operation: str) -> Any:
     @intrinsic
     def update(typing_context: Any, address: Any, operand: Any) -> Any:
         def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-            return b.atomic_rmw(operation, b.inttoptr(arguments[0], ir.IntType(64).as_pointer()), arguments[1], "seq_cst")
+            return b.atomic_rmw(
+                operation, b.inttoptr(arguments[0], ir.IntType(64).as_pointer()), arguments[1], "seq_cst"
+            )
 
         return int64(int64, int64), build
 
@@ -1229,35 +1241,35 @@ def embed(p, phase):
 @njit(**HELP)
 def attention(program, layer, thread, phase):
     """Z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business."""
-    p, l = i64(program), i64(layer)
-    n_tokens, n_head = p[P_N_TOKENS], l[L_N_HEAD]
+    p, block = i64(program), i64(layer)
+    n_tokens, n_head = p[P_N_TOKENS], block[L_N_HEAD]
     x, phase = take_input(
-        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], l[L_LN_1], l[L_LN_1_BIAS], l[L_C_ATTN]
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
     )
     head = take_chunk(p[P_TEAM], phase, n_head)
     while head >= 0:
-        attend_head(p, l, thread, x, head)
+        attend_head(p, block, thread, x, head)
         head = next_chunk(p[P_TEAM], phase, n_head)
     return finish_phase(p[P_TEAM], phase)
 
 
 @njit(**HELP)
-def attend_head(p, l, thread, x, head):
+def attend_head(p, block, thread, x, head):
     """Do one head of `attention` for all tokens: new keys and values go to the cache first."""
     never_inline()
     never_inline()
-    head_dim, n_tokens, n_head = p[P_HEAD_DIM], p[P_N_TOKENS], l[L_N_HEAD]
+    head_dim, n_tokens, n_head = p[P_HEAD_DIM], p[P_N_TOKENS], block[L_N_HEAD]
     row, width = head * head_dim, n_head * head_dim
     y_stride, z_stride = p[P_Y_STRIDE], p[P_Z_STRIDE]
     for part in range(3):
         begin = part * width + row
-        multiply(l[L_C_ATTN], x, p[P_Y], y_stride, n_tokens, begin, begin + head_dim)
+        multiply(block[L_C_ATTN], x, p[P_Y], y_stride, n_tokens, begin, begin + head_dim)
     positions, sequences = i64(p[P_POSITIONS]), i64(p[P_SEQUENCES])
-    bias, scale = f32(l[L_C_ATTN_BIAS]), float_of_bits(int32(l[L_ATTN_SCALE]))
+    bias, scale = f32(block[L_C_ATTN_BIAS]), float_of_bits(int32(block[L_ATTN_SCALE]))
     head_bytes = p[P_N_POSITIONS] * head_dim * 4
     for token in range(n_tokens):
         at = (sequences[token] * n_head + head) * head_bytes + positions[token] * head_dim * 4
-        y, key, value = f32(p[P_Y] + token * y_stride * 4), f32(l[L_KEYS] + at), f32(l[L_VALUES] + at)
+        y, key, value = f32(p[P_Y] + token * y_stride * 4), f32(block[L_KEYS] + at), f32(block[L_VALUES] + at)
         for i in range(row, row + head_dim):
             y[i] = (y[i] + bias[i]) * scale
             key[i - row] = y[i + width] + bias[i + width]
@@ -1266,7 +1278,7 @@ def attend_head(p, l, thread, x, head):
     for run in range(p[P_N_RUNS]):
         begin, end = runs[run], runs[run + 1]
         at = (sequences[begin] * n_head + head) * head_bytes
-        keys, values = l[L_KEYS] + at, l[L_VALUES] + at
+        keys, values = block[L_KEYS] + at, block[L_VALUES] + at
         q, z = p[P_Y] + (begin * y_stride + row) * 4, p[P_Z] + (begin * z_stride + row) * 4
         if end - begin >= TILE and head_dim % PANEL == 0:
             first = positions[begin]
@@ -1301,9 +1313,11 @@ def add_projection(program, thread, phase, matrix, bias):
 @njit(**HELP)
 def mlp_hidden(program, layer, thread, phase):
     """Z = activation_function(c_fc(ln_2(x)))."""
-    p, l = i64(program), i64(layer)
-    n_tokens, matrix = p[P_N_TOKENS], l[L_C_FC]
-    x, phase = take_input(program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], l[L_LN_2], l[L_LN_2_BIAS], matrix)
+    p, block = i64(program), i64(layer)
+    n_tokens, matrix = p[P_N_TOKENS], block[L_C_FC]
+    x, phase = take_input(
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_2], block[L_LN_2_BIAS], matrix
+    )
     n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
     n_chunks = (n_out + step - 1) // step
     chunk = take_chunk(p[P_TEAM], phase, n_chunks)
@@ -1312,7 +1326,7 @@ def mlp_hidden(program, layer, thread, phase):
         multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
         for token in range(n_tokens):
             y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
-            activate(p[P_ACTIVATION], y, l[L_C_FC_BIAS] + begin * 4, z, end - begin)
+            activate(p[P_ACTIVATION], y, block[L_C_FC_BIAS] + begin * 4, z, end - begin)
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
     return finish_phase(p[P_TEAM], phase)
 
@@ -1347,10 +1361,10 @@ def forward(program, thread):
     phase = embed(program, 0)
     for i in range(p[P_N_LAYER]):
         layer = p[P_LAYERS] + i * L_SIZE * 8
-        l = i64(layer)
+        block = i64(layer)
         phase = attention(program, layer, thread, phase)
-        phase = add_projection(program, thread, phase, l[L_ATTN_C_PROJ], l[L_ATTN_C_PROJ_BIAS])
+        phase = add_projection(program, thread, phase, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS])
         phase = mlp_hidden(program, layer, thread, phase)
-        phase = add_projection(program, thread, phase, l[L_MLP_C_PROJ], l[L_MLP_C_PROJ_BIAS])
+        phase = add_projection(program, thread, phase, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS])
     if p[P_N_KEEP]:
         logits(program, thread, phase)

@@ -78,7 +78,7 @@ class Team:
         self._record[:] = 0
         self._record[layout.T_YIELD] = _yield_address()
         self._record[layout.T_PATIENCE] = PATIENCE
-        self._fields = memoryview(self._record)
+        self._fields = self._record.data
         self._states = [layout.T_STATES + thread * layout.T_STRIDE for thread in range(1, self.n_threads)]
         self._beds: list[threading.Semaphore] = []
 

@@ -1,0 +1,199 @@
+"""Compiled kernels against plain NumPy, on shapes around every vector width, and what they may refer to."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minigpt import layout, reference
+from minigpt.encodings import ENCODINGS, encode
+
+pytest.importorskip("numba")
+from numba import cfunc, types
+
+from minigpt import kernels
+from minigpt.program import Activations, aligned, describe
+
+COMPILED = [name for name in ENCODINGS if f"matmul_{name}" in kernels.ENTRIES]
+LENGTHS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 384]
+ERROR_PATH = re.compile(r"llvm\.|numba_|NRT_|Py[A-Z]|Py_|_Py")  # the rest of numba's never-reached error path
+
+
+def compiled(function, n_arguments):
+    """Return a function of int64 arguments, called through ctypes."""
+    return cfunc(types.void(*[types.int64] * n_arguments), **kernels.FAST)(function).ctypes
+
+
+def floats(*values):
+    return np.array(values, np.float32)
+
+
+def activations(x, levels):
+    """Quantize in NumPy as `take_input` does; return the record's owner and the activations that are meant."""
+    n_tokens, n_in = x.shape
+    width = -(-n_in // 64) * 64
+    memory = Activations(n_tokens, width, n_in, aligned((width * 32,)), aligned((12 * 32,)))
+    memory.record[layout.X_FLOAT], memory.record[layout.X_FLOAT_STRIDE] = x.ctypes.data, n_in
+    padded = np.zeros((n_tokens, width), np.float32)
+    padded[:, :n_in] = x
+    if not levels:
+        return memory, x
+    if kernels.BYTES and n_tokens >= kernels.TILE:
+        groups = np.zeros((n_tokens, -(-width // kernels.GROUP), kernels.GROUP), np.float32)
+        groups.reshape(n_tokens, -1)[:, :width] = padded
+        scales = np.maximum(np.abs(groups).max(axis=2), 1e-9) / np.float32(127)
+        codes = np.rint(groups / scales[..., None])
+        memory._codes.view(np.int8).reshape(-1)[: n_tokens * width] = codes.reshape(n_tokens, -1)[:, :width].ravel()
+        n_groups = scales.shape[1]
+        memory._group_scales[:, :n_groups] = scales
+        memory._sums.view(np.int32)[:, :n_groups] = 128 * codes.sum(axis=2)
+        return memory, (codes * scales[..., None]).reshape(n_tokens, -1)[:, :n_in]
+    scales = np.maximum(np.abs(x).max(axis=1), 1e-9) / np.float32(levels)
+    memory._codes[:] = np.rint(padded / scales[:, None])
+    memory._scales[:] = scales
+    memory._sums[:] = memory._codes.reshape(n_tokens, -1, 32).sum(axis=2)
+    return memory, memory._codes[:, :n_in] * scales[:, None]
+
+
+@pytest.mark.parametrize("n_in", LENGTHS)
+@pytest.mark.parametrize("encoding", COMPILED)
+def test_matmul_equals_numpy(encoding, n_in):
+    rng = np.random.default_rng(n_in)
+    matmul = kernels.compile_entry(f"matmul_{encoding}").ctypes
+    for n_out, n_tokens in [(1, 1), (70, 1), (5, 3), (33, 12), (70, 13), (64, 30)]:
+        w = encode(rng.normal(size=(n_out, n_in)), encoding)
+        x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
+        record = describe(w)
+        memory, meant = activations(x, record[layout.W_LEVELS])
+        if encoding == "int4" and n_tokens >= kernels.TILE:
+            meant = x  # its tiles are of floats
+        y = np.full((n_tokens, n_out + 3), 7, np.float32)
+        begin = n_out // 3
+        matmul(record.ctypes.data, memory.record.ctypes.data, y.ctypes.data, n_out + 3, n_tokens, begin, n_out)
+        expected = meant.astype(np.float64) @ w.decode().astype(np.float64).T
+        np.testing.assert_allclose(y[:, begin:n_out], expected[:, begin:], rtol=1e-4, atol=1e-4 * np.sqrt(n_in))
+        others = np.delete(y, range(begin, n_out), axis=1)  # rows of other threads
+        assert (others == 7).all()
+
+
+@pytest.mark.parametrize("encoding", COMPILED)
+def test_extreme_codes_do_not_overflow(encoding):
+    n_in = 8192
+    w = encode(np.ones((2, n_in)), encoding)
+    record = describe(w)
+    memory, meant = activations(np.full((1, n_in), 3, np.float32), record[layout.W_LEVELS])
+    y = np.zeros((1, 2), np.float32)
+    matmul = kernels.compile_entry(f"matmul_{encoding}").ctypes
+    matmul(record.ctypes.data, memory.record.ctypes.data, y.ctypes.data, 2, 1, 0, 2)
+    np.testing.assert_allclose(y, meant @ w.decode().T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_in", LENGTHS)
+@pytest.mark.parametrize("encoding", COMPILED)
+def test_rows_equal_decode(encoding, n_in):
+    w = encode(np.random.default_rng(0).normal(size=(3, n_in)), encoding)
+    record, y = describe(w), np.zeros(n_in, np.float32)
+    for row in range(3):
+        kernels.compile_entry(f"rows_{encoding}").ctypes(record.ctypes.data, row, y.ctypes.data)
+        np.testing.assert_allclose(y, w.decode()[row], rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_conversion_is_exact(monkeypatch):
+    bits = np.arange(2**16, dtype=np.uint16)
+    bits = bits[np.isfinite(bits.view(np.float16))]  # subnormals too
+    y = np.zeros(len(bits), np.float32)
+
+    def convert(source, target, n):
+        for i in range(n):
+            kernels.f32(target)[i] = kernels.half(kernels.u16(source)[i])
+
+    for in_hardware in {False, kernels.HALF_IN_HARDWARE}:
+        monkeypatch.setattr(kernels, "HALF_IN_HARDWARE", in_hardware)
+        compiled(convert, 3)(bits.ctypes.data, y.ctypes.data, len(bits))
+        np.testing.assert_array_equal(y, bits.view(np.float16).astype(np.float32))
+
+
+def test_exp_is_accurate():
+    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    y = np.zeros_like(x)
+
+    def run(x, y, n):
+        for i in range(n):
+            kernels.f32(y)[i] = kernels.exp(kernels.f32(x)[i])
+
+    compiled(run, 3)(x.ctypes.data, y.ctypes.data, len(x))
+    np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=3e-7)
+
+
+@pytest.mark.parametrize("name", layout.ACTIVATION_FUNCTIONS)
+def test_activation_functions_equal_numpy(name):
+    x = np.concatenate([np.linspace(-12, 12, 10_001), [0, 1e-30, -1e-30, 80, 1e4, np.nan]]).astype(np.float32)
+    bias, y = np.zeros_like(x), np.zeros_like(x)
+
+    def run(function, x, bias, y, n):
+        kernels.activate(function, x, bias, y, n)
+
+    compiled(run, 5)(layout.ACTIVATION_FUNCTIONS.index(name), x.ctypes.data, bias.ctypes.data, y.ctypes.data, len(x))
+    np.testing.assert_allclose(y, reference.ACTIVATIONS[name](x), rtol=2e-6, atol=5e-7)
+
+
+def test_layer_norm_and_softmax_equal_numpy():
+    rng = np.random.default_rng(0)
+    x, gain, bias = rng.normal(3, 2, (3, 50)).astype(np.float32)
+    y = np.zeros(50, np.float32)
+
+    def norm(x, gain, bias, y, n):
+        kernels.layer_norm(x, gain, bias, kernels.float32(1e-5), y, n)
+
+    compiled(norm, 5)(x.ctypes.data, gain.ctypes.data, bias.ctypes.data, y.ctypes.data, 50)
+    np.testing.assert_allclose(y, reference.layer_norm(x, gain, bias, 1e-5), rtol=1e-5, atol=1e-6)
+
+    def weights(x, y, n):
+        kernels.f32(y)[0] = kernels.softmax(x, n)
+
+    for scores in (x.copy(), -np.abs(x) - 200, floats(-3.5)):
+        expected, factor = reference.softmax(scores), floats(0)
+        compiled(weights, 3)(scores.ctypes.data, factor.ctypes.data, len(scores))
+        np.testing.assert_allclose(scores * factor, expected, rtol=1e-5, atol=1e-9)
+
+
+LIST_REFERENCES = """
+import re
+from minigpt import kernels
+for name in kernels.ENTRIES:
+    text = kernels.compile_entry(name).inspect_llvm()
+    for symbol in re.findall(r'^declare [^@]*@"?([^"(]+)"?[(]', text, re.M):
+        print(symbol)
+    for symbol in re.findall(r'^@"?([^" ]+)"? = external', text, re.M):
+        print(symbol)
+"""
+
+
+def run_python(code, tmp_path, **environment):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **environment}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_kernels_refer_to_nothing_outside(tmp_path):
+    symbols = run_python(LIST_REFERENCES, tmp_path, NUMBA_OPT="0")
+    assert symbols
+    assert not [symbol for symbol in symbols if not ERROR_PATH.match(symbol)]
+
+
+def test_portable_code_calls_no_library_and_uses_no_target_intrinsic(tmp_path):
+    code = """
+import re
+from minigpt import kernels
+assert kernels.VECTOR == 16 and not kernels.BYTES
+for name in ("matmul_int8", "matmul_f16", "matmul_int4"):
+    library = kernels.compile_entry(name)._library
+    print(*re.findall(r"(?:call|jmp)q?[ \\t]+(\\w+)@PLT|movabsq[ \\t]+[$](\\w+)", library.get_asm_str()))
+"""
+    calls = " ".join(run_python(code, tmp_path, NUMBA_CPU_NAME="generic"))
+    assert not re.search("fma|extendhf|gnu_h2f|rint|floor|sqrt|exp", calls)

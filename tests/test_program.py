@@ -1,0 +1,152 @@
+"""The compiled forward pass against the NumPy layers: encodings, batches, threads, memory that must stay alive."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from conftest import small_checkpoint
+
+from minigpt import layers, ops
+from minigpt.model import KVCache
+
+pytest.importorskip("numba")
+
+from minigpt import kernels
+from minigpt.program import Program, levels
+
+COMPILED = ["f32", "f16", "int8", "int4"]
+IDS = np.random.default_rng(3).integers(0, 265, 60)
+# of logits of size 5: int8 activations in tiles and 12 bits in the reference against 15 here
+TOLERANCE = {"f32": 2e-4, "f16": 2e-4, "int8": 0.6 if kernels.BYTES else 0.05, "int4": 0.6 if kernels.BYTES else 0.05}
+
+
+def arrays(*values):
+    return [np.array(v, np.int64) for v in values]
+
+
+def reference_logits(checkpoint, ids, positions, sequences, cache, keep):
+    """Do what `Program.run` does, in NumPy."""
+    batch = layers.sequences(sequences, positions)
+    x = layers.embed(checkpoint.weights, ids, positions)
+    for i in range(checkpoint.config.n_layer):
+        x = layers.block(checkpoint.weights, checkpoint.config, i, x, cache.k[i], cache.v[i], batch)
+    return layers.head(checkpoint.weights, checkpoint.config, x[keep])
+
+
+def run(program, checkpoint, n_tokens=60, piece=60):
+    """All logits of one text, `piece` tokens at a time."""
+    cache, out = KVCache(checkpoint.config), []
+    for begin in range(0, n_tokens, piece):
+        positions = np.arange(begin, min(begin + piece, n_tokens))
+        n = len(positions)
+        out.append(program.run(IDS[positions], positions, np.zeros(n, np.int64), cache, np.arange(n)))
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("encoding", COMPILED)
+def test_forward_equals_numpy(encoding, n_threads):
+    checkpoint = small_checkpoint(encoding)
+    program = Program(checkpoint, n_threads)
+    ours, theirs = KVCache(checkpoint.config, 3), KVCache(checkpoint.config, 3)
+    steps = [  # ids, positions, sequences, keep: prompts of several lengths at once, then one token of each
+        arrays(IDS[:36], [*range(20), *range(3), *range(13)], [0] * 20 + [1] * 3 + [2] * 13, [19, 22, 35]),
+        arrays([5, 6, 7], [20, 3, 13], [0, 1, 2], [0, 2]),
+        arrays([8], [4], [1], []),
+        arrays(IDS[:14], range(5, 19), [1] * 14, range(14)),
+    ]
+    for step in steps:
+        ids, positions, sequences, keep = step
+        logits = program.run(ids, positions, sequences, ours, keep)
+        expected = reference_logits(checkpoint, ids, positions, sequences, theirs, keep)
+        assert logits.shape == (len(keep), 265)
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=TOLERANCE[encoding])
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu"])
+def test_every_activation_function(activation):
+    checkpoint = small_checkpoint("f32", activation_function=activation)
+    cache = KVCache(checkpoint.config)
+    positions, zeros = np.arange(60), np.zeros(60, np.int64)
+    expected = reference_logits(checkpoint, IDS, positions, zeros, cache, positions)
+    np.testing.assert_allclose(run(Program(checkpoint, 1), checkpoint), expected, rtol=1e-3, atol=5e-4)
+
+
+def test_wide_heads_use_tiles():
+    checkpoint = small_checkpoint("f32", head_dim=64, n_embd=128, n_head=(2, 2), n_inner=(64, 65))
+    cache = KVCache(checkpoint.config)
+    positions, zeros = np.arange(60), np.zeros(60, np.int64)
+    expected = reference_logits(checkpoint, IDS, positions, zeros, cache, positions)
+    for piece in (60, 23, 1):
+        logits = run(Program(checkpoint, 2), checkpoint, piece=piece)
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoding", COMPILED)
+@pytest.mark.parametrize("piece", [1, 60])
+def test_threads_do_not_change_a_bit(encoding, piece):
+    checkpoint = small_checkpoint(encoding)
+    one = run(Program(checkpoint, 1), checkpoint, piece=piece)
+    for n_threads in (2, 5):
+        for _ in range(3):
+            np.testing.assert_array_equal(run(Program(checkpoint, n_threads), checkpoint, piece=piece), one)
+
+
+def test_encodings_may_differ_within_a_model():
+    parts = {encoding: small_checkpoint(encoding) for encoding in COMPILED}
+    weights = dict(parts["f32"].weights)
+    for encoding, name in zip(COMPILED, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), strict=True):
+        weights[f"h.1.{name}.weight"] = parts[encoding].weights[f"h.1.{name}.weight"]
+    checkpoint = small_checkpoint("f32")
+    checkpoint = type(checkpoint)(checkpoint.config, checkpoint.vocabulary, weights)
+    positions, zeros = np.arange(60), np.zeros(60, np.int64)
+    expected = reference_logits(checkpoint, IDS, positions, zeros, KVCache(checkpoint.config), positions)
+    np.testing.assert_allclose(run(Program(checkpoint, 2), checkpoint), expected, rtol=1e-3, atol=0.6)
+
+
+def test_weights_live_as_long_as_the_program():
+    checkpoint = small_checkpoint("int8")
+    program, config = Program(checkpoint, 1), checkpoint.config
+    expected = run(program, checkpoint)
+    del checkpoint
+    gc.collect()
+    np.testing.assert_array_equal(run(program, small_checkpoint("int8")), expected)
+    assert config.n_layer == 2
+
+
+def test_another_cache_may_follow_a_dead_one():
+    checkpoint = small_checkpoint("f32")
+    program = Program(checkpoint, 1)
+    results = [run(program, checkpoint, piece=7) for _ in range(3)]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_python_threads_share_a_program():
+    checkpoint = small_checkpoint("int8")
+    program = Program(checkpoint, 2)
+    expected, results = run(program, checkpoint, piece=5), []
+    users = [threading.Thread(target=lambda: results.append(run(program, checkpoint, piece=5))) for _ in range(4)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert len(results) == 4
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("n_in", [1, 48, 768, 3072, 8192, 100_000])
+def test_levels_keep_sums_within_int32(n_in):
+    assert 1 <= levels(n_in) < 2**15
+    assert 127 * n_in * levels(n_in) < 2**31
+
+
+def test_kernels_come_by_name():
+    kernel = ops.kernel("forward")
+    assert kernel is not None
+    assert kernel.address
+    assert ops.kernel("forward") is kernel

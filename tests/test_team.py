@@ -1,0 +1,148 @@
+"""Threads: how many, that jobs are complete, and that nothing hangs when they sleep, fork, share or end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from minigpt import layout, team
+from minigpt.errors import OptionError
+from minigpt.team import Team, default_threads
+
+pytest.importorskip("numba")
+from numba import cfunc, types
+
+from minigpt import kernels
+
+N_CHUNKS = 40
+
+
+def count(record, thread):
+    """Share out two phases of chunks: add 1 per chunk to the fields 1.. and 41.., of the record (team, fields)."""
+    team_address = kernels.i64(record)[0]
+    phase = 0
+    for part in range(2):
+        chunk = kernels.take_chunk(team_address, phase, N_CHUNKS)
+        while chunk >= 0:
+            kernels.i64(record)[1 + part * N_CHUNKS + chunk] += 1
+            chunk = kernels.next_chunk(team_address, phase, N_CHUNKS)
+        phase = kernels.finish_phase(team_address, phase)
+
+
+@pytest.fixture(scope="module")
+def counting():
+    return cfunc(types.void(types.int64, types.int64), **kernels.FAST)(count)
+
+
+def run_jobs(crew, counting, n_jobs):
+    record = np.zeros(1 + 2 * N_CHUNKS, np.int64)
+    record[0] = crew.address
+    for _ in range(n_jobs):
+        crew.run(counting.address, record.ctypes.data)
+    assert (record[1:] == n_jobs).all()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
+def test_every_chunk_is_done_once(counting, n_threads):
+    run_jobs(Team(n_threads), counting, 300)
+
+
+def test_workers_park_and_are_woken(counting, monkeypatch):
+    monkeypatch.setattr(team, "PATIENCE", 1)
+    crew = Team(3)
+    for _ in range(5):
+        run_jobs(crew, counting, 2)
+        while not all(crew._record[layout.T_STATES + layout.T_STRIDE :: layout.T_STRIDE]):
+            os.sched_yield()
+
+
+def test_python_threads_share_a_team(counting):
+    crew, failures = Team(2), []
+
+    def use():
+        try:
+            run_jobs(crew, counting, 100)
+        except AssertionError as error:
+            failures.append(error)
+
+    users = [threading.Thread(target=use) for _ in range(4)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_gets_workers_of_its_own(counting):
+    crew = Team(2)
+    run_jobs(crew, counting, 5)
+    with crew.lock:  # as if another thread were in the middle of a job
+        child = os.fork()
+        if child == 0:
+            run_jobs(crew, counting, 5)
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    run_jobs(crew, counting, 5)
+
+
+def test_workers_end_with_their_team(counting):
+    crew = Team(2)
+    run_jobs(crew, counting, 1)
+    workers = [t for t in threading.enumerate() if t.name == "minigpt-1"]
+    before = len(workers)
+    del crew
+    for worker in workers[-1:]:
+        worker.join(timeout=60)
+    assert len([t for t in workers if t.is_alive()]) < before
+
+
+def test_the_interpreter_ends_while_workers_are_awake():
+    code = "from minigpt.team import Team; team = Team(2); team._start_workers(); print('end')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.parametrize("value", [0, -1, 257, 1.5, "two", "", "1e1"])
+def test_bad_numbers_of_threads_are_refused(value):
+    with pytest.raises(OptionError, match=r"n_threads must be an integer in 1\.\.256, not"):
+        Team(value)
+
+
+def test_the_environment_decides_first(monkeypatch):
+    monkeypatch.setenv("MINIGPT_NUM_THREADS", "3")
+    assert default_threads() == 3
+    monkeypatch.setenv("MINIGPT_NUM_THREADS", "many")
+    with pytest.raises(OptionError, match=r"MINIGPT_NUM_THREADS must be an integer in 1\.\.256, not 'many'"):
+        default_threads()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"siblings": True}, 4),
+    ],
+)
+def test_default_is_the_cores_that_may_be_used(monkeypatch, files, expected):
+    def read(path):
+        if path.startswith("/sys/devices"):
+            cpu = int(path.split("/cpu")[2].split("/")[0])
+            return str(cpu // 2) if "siblings" in files else str(cpu)
+        return files.get(path.removeprefix("/sys/fs/cgroup/"), "")
+
+    monkeypatch.delenv("MINIGPT_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(team, "_read", read)
+    assert default_threads() == expected
