@@ -46,6 +46,7 @@ class Program:
         self._matrices: dict[int, NDArray[np.int64]] = {}  # descriptors, by the identity of their Weight
         self._layers = np.zeros((self._config.n_layer, layout.L_SIZE), np.int64)
         self._fields = np.zeros(layout.P_SIZE, np.int64)
+        self._address: int = self._fields.ctypes.data
         self._room = 0  # tokens that there is scratch memory for
         self._cache: Any = lambda: None  # weak reference to the cache that the layers point to
         self._describe_layers()
@@ -74,14 +75,18 @@ class Program:
                 self._allocate(n_tokens)
             if self._cache() is not cache:
                 self._point_to(cache)
-            self._tokens[:3, :n_tokens] = ids, positions, sequences
-            self._tokens[3, :n_keep] = keep
-            starts = [0] if n_tokens == 1 else [0, *(np.flatnonzero(np.diff(sequences)) + 1)]
-            self._runs[: len(starts) + 1] = [*starts, n_tokens]
-            fields = self._fields
+            tokens, fields = self._tokens, self._fields
+            tokens[0, :n_tokens], tokens[1, :n_tokens], tokens[2, :n_tokens] = ids, positions, sequences
+            tokens[3, :n_keep] = keep
+            n_runs = 1
+            if n_tokens > 1:
+                starts = np.flatnonzero(np.diff(sequences)) + 1
+                n_runs = len(starts) + 1
+                self._runs[1:n_runs] = starts
+            self._runs[n_runs] = n_tokens
             fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP] = n_tokens, n_keep
-            fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = len(starts), logits.ctypes.data
-            self.team.run(self._forward, fields.ctypes.data)
+            fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = n_runs, logits.ctypes.data
+            self.team.run(self._forward, self._address)
         return logits
 
     def _describe_model(self) -> None:
