@@ -67,18 +67,29 @@ def kernel(name: str) -> Kernel | None:
     Raises
     ------
     BackendError
-        If it cannot be compiled here.
+        If there is none of this name, or it cannot be compiled here.
     """
     if backend() == "numpy":
         return None
     from minigpt import kernels
 
+    if name not in kernels.ENTRIES:
+        raise BackendError(f"there is no compiled kernel {name}; set MINIGPT_BACKEND=numpy")
     try:
         with _announced():
             function = kernels.compile_entry(name)
     except Exception as error:
         raise BackendError(f"kernel {name} cannot be compiled ({error}); set MINIGPT_BACKEND=numpy") from error
     return Kernel(name, function.address, function.ctypes)
+
+
+def has_kernel(name: str) -> bool:
+    """Tell whether the chosen backend knows a kernel, without compiling it."""
+    if backend() == "numpy":
+        return False
+    from minigpt import kernels
+
+    return name in kernels.ENTRIES
 
 
 def warmup(names: Iterable[str]) -> None:

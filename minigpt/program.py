@@ -221,6 +221,12 @@ class Activations:
         return other
 
 
+def can_run(checkpoint: Checkpoint) -> bool:
+    """Tell whether every matrix has an encoding with compiled kernels."""
+    matrices = [weight for weight in checkpoint.weights.values() if len(weight.shape) == 2]
+    return all(ops.has_kernel(f"matmul_{weight.encoding.name}") for weight in matrices)
+
+
 def describe(weight: Weight) -> NDArray[np.int64]:
     """Return the descriptor of a matrix, its kernels compiled; the Weight must outlive it."""
     n_out, n_in = weight.shape

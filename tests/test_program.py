@@ -15,7 +15,8 @@ from minigpt.model import KVCache
 pytest.importorskip("numba")
 
 from minigpt import kernels
-from minigpt.program import Program, levels
+from minigpt.errors import BackendError
+from minigpt.program import Program, can_run, levels
 
 COMPILED = ["f32", "f16", "int8", "int4"]
 IDS = np.random.default_rng(3).integers(0, 265, 60)
@@ -143,6 +144,14 @@ def test_python_threads_share_a_program():
 def test_levels_keep_sums_within_int32(n_in):
     assert 1 <= levels(n_in) < 2**15
     assert 127 * n_in * levels(n_in) < 2**31
+
+
+def test_an_encoding_without_kernels_is_named():
+    assert can_run(small_checkpoint("int4"))
+    checkpoint = small_checkpoint("bitmap")
+    assert not can_run(checkpoint)
+    with pytest.raises(BackendError, match="no compiled kernel matmul_bitmap; set MINIGPT_BACKEND=numpy"):
+        Program(checkpoint, 1)
 
 
 def test_kernels_come_by_name():
