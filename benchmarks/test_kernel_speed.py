@@ -1,0 +1,82 @@
+"""Matrix times vector, the kernel that decoding lives on: every matrix shape of a model, from memory, in GB/s.
+
+A call goes through as many matrices as the model has layers, so that small ones do not stay in a cache that the whole
+model would overflow; each thread does its share of the rows.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import models
+import numpy as np
+import pytest
+
+from minigpt import encodings, layout, ops
+from minigpt.program import PANEL, TILE, aligned, describe
+
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
+pytestmark = [
+    pytest.mark.benchmark(group="matrix times vector"),
+    pytest.mark.skipif(ops.backend() == "numpy", reason="the NumPy backend has no kernels"),
+]
+
+
+def shape_of(matrix: str, size: str) -> tuple[int, int]:
+    d = models.SIZES[size].n_embd
+    shapes = ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (models.SIZES[size].vocab_size, d))
+    return dict(zip(MATRICES, shapes, strict=True))[matrix]
+
+
+class Vector:
+    """One token's activations, and the record in which a kernel takes them."""
+
+    def __init__(self, x: np.ndarray, levels: int) -> None:
+        width = -(-len(x) // 64) * 64
+        self.x, self.codes = x, aligned((width,), np.int16)
+        self.scale, self.sums = aligned((1,)), aligned((width // 32,))
+        self.panel, self.tile = aligned((width * PANEL,)), aligned((TILE * PANEL,))
+        self.codes[:] = 0
+        self.meant = x
+        if levels:
+            self.scale[0] = np.abs(x).max() / np.float32(levels)
+            self.codes[: len(x)] = np.rint(x / self.scale[0])
+            self.sums[:] = self.codes.reshape(-1, 32).sum(axis=1)
+            self.meant = self.codes[: len(x)] * self.scale[0]
+        self.record = np.zeros(layout.X_SIZE, np.int64)
+        self.record[layout.X_FLOAT], self.record[layout.X_FLOAT_STRIDE] = x.ctypes.data, len(x)
+        self.record[layout.X_CODES], self.record[layout.X_STRIDE] = self.codes.ctypes.data, width
+        self.record[layout.X_SCALES], self.record[layout.X_SUMS] = self.scale.ctypes.data, self.sums.ctypes.data
+        self.record[layout.X_PANEL], self.record[layout.X_TILE] = self.panel.ctypes.data, self.tile.ctypes.data
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_matrix_times_vector(benchmark, size, matrix, encoding, n_threads):
+    encoding = encodings.ENCODINGS[encoding].tables if matrix == "lm_head" else encoding
+    n_out, n_in = shape_of(matrix, size)
+    rng = np.random.default_rng(0)
+    w = encodings.encode(rng.standard_normal((n_out, n_in), np.float32), encoding)
+    n_copies = 1 if matrix == "lm_head" else models.SIZES[size].n_layer
+    copies = [encodings.Weight(w.encoding, w.shape, {k: v.copy() for k, v in w.parts.items()}) for _ in range(n_copies)]
+    descriptors = [describe(copy) for copy in copies]
+    x, y = rng.standard_normal(n_in, np.float32), np.zeros(n_out, np.float32)
+    vectors = [Vector(x, int(descriptors[0][layout.W_LEVELS])) for _ in range(n_threads)]
+    kernel = ops.kernel(f"matmul_{encoding}").call
+    bounds = np.linspace(0, n_out, n_threads + 1).astype(int).tolist()
+    jobs = [
+        [
+            (d.ctypes.data, vectors[thread].record.ctypes.data, y.ctypes.data, n_out, 1, *bounds[thread : thread + 2])
+            for d in descriptors
+        ]
+        for thread in range(n_threads)
+    ]
+
+    def run(job):
+        for arguments in job:
+            kernel(*arguments)
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        benchmark(lambda: list(pool.map(run, jobs)) if n_threads > 1 else run(jobs[0]))
+    expected = vectors[0].meant.astype(np.float64) @ w.decode().T.astype(np.float64)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4 * np.sqrt(n_in))
+    benchmark.extra_info["gb_s"] = n_copies * w.nbytes / benchmark.stats.stats.median / 1e9
