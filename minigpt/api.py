@@ -18,7 +18,7 @@ from minigpt.errors import MinigptError, OptionError
 from minigpt.generator import StopStrings
 from minigpt.model import GPT2
 from minigpt.sampling import SamplingOptions
-from minigpt.tokenizer import Tokenizer
+from minigpt.tokenizer import Tokenizer, TokenStream
 
 Floats = NDArray[np.float32]
 
@@ -135,18 +135,18 @@ class MiniGPT:
     checkpoint : Checkpoint
     n_threads : int, optional
 
-    Attributes
-    ----------
-    checkpoint : Checkpoint
-    model : GPT2
-    tokenizer : Tokenizer
+    Raises
+    ------
+    MinigptError
+        By everything but `close`, once the model is closed.
     """
 
     def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None) -> None:
-        self.checkpoint: Checkpoint | None = checkpoint
-        self._model: GPT2 | None = GPT2(checkpoint, n_threads)
-        self.tokenizer = Tokenizer(checkpoint.vocabulary)
-        self._end = checkpoint.config.eos_token_id
+        self._parts: tuple[Checkpoint, GPT2, Tokenizer] | None = (
+            checkpoint,
+            GPT2(checkpoint, n_threads),
+            Tokenizer(checkpoint.vocabulary),
+        )
 
     # ---- text ----------------------------------------------------------------------------------------------
 
@@ -270,25 +270,7 @@ class MiniGPT:
             logprobs=logprobs,
             context_shift=context_shift,
         )
-        return self._watched(steps, [StopStrings(stop) for _ in range(n)])
-
-    def _watched(self, steps: Iterator[generator.Step], watches: Sequence[StopStrings]) -> Iterator[Piece]:
-        """Turn ids into text, and end a sample where a stop string does."""
-        decoders = [self.tokenizer.stream() for _ in watches]
-        running = len(watches)
-        for step in steps:
-            watch, decoder = watches[step.sequence], decoders[step.sequence]
-            if watch.stopped:  # the batch goes on for the others
-                continue
-            reason = step.finish_reason
-            text = "" if reason == "stop" else watch.push(decoder.push(step.id))
-            if reason and not watch.stopped:
-                text += watch.push(decoder.flush()) + watch.flush()
-            reason = "stop" if watch.stopped else reason
-            running -= reason is not None
-            yield Piece(step.sequence, text, step.id, step.logprob, reason)
-            if not running:
-                return
+        return _to_text(steps, [(self.tokenizer.stream(), StopStrings(stop)) for _ in range(n)])
 
     def _search(
         self, prompt: str, n: int, n_beams: int, length_penalty: float, max_tokens: int, stop: Collection[str]
@@ -338,26 +320,36 @@ class MiniGPT:
         ContextError
             If there are more than the context holds.
         """
+        if not np.size(ids):
+            raise OptionError("ids is empty; give at least one token id")
         return np.concatenate(list(self.model.logits(ids)))
 
     # ---- life ----------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> GPT2:
-        """The network.
+    def checkpoint(self) -> Checkpoint:
+        """What the file holds."""
+        return self._opened[0]
 
-        Raises
-        ------
-        MinigptError
-            If the model is closed.
-        """
-        if self._model is None:
+    @property
+    def model(self) -> GPT2:
+        """The network."""
+        return self._opened[1]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary's voice."""
+        return self._opened[2]
+
+    @property
+    def _opened(self) -> tuple[Checkpoint, GPT2, Tokenizer]:
+        if self._parts is None:
             raise MinigptError("this model is closed; open it again with minigpt.load")
-        return self._model
+        return self._parts
 
     def close(self) -> None:
         """Let go of the file: it is unmapped as soon as nobody else holds its arrays."""
-        self._model = self.checkpoint = None
+        self._parts = None
 
     def __enter__(self) -> MiniGPT:
         return self
@@ -369,7 +361,8 @@ class MiniGPT:
 
     @property
     def _stop_ids(self) -> tuple[int, ...]:
-        return () if self._end is None else (self._end,)
+        end = self.checkpoint.config.eos_token_id
+        return () if end is None else (end,)
 
     def _encode(self, prompt: str) -> list[int]:
         """Encode a prompt; an empty one becomes the end-of-text token, after which texts begin."""
@@ -382,3 +375,21 @@ def _for_one(options: dict[str, Any]) -> dict[str, Any]:
     if "n" in options:
         raise OptionError(f"n = {options['n']!r} is not allowed here; `complete` returns several texts")
     return options
+
+
+def _to_text(steps: Iterator[generator.Step], texts: Sequence[tuple[TokenStream, StopStrings]]) -> Iterator[Piece]:
+    """Turn the ids of each sample into text, and end it where a stop string does."""
+    running = len(texts)
+    for step in steps:
+        decoder, watch = texts[step.sequence]
+        if watch.stopped:  # the batch goes on for the others
+            continue
+        reason = step.finish_reason
+        text = "" if reason == "stop" else watch.push(decoder.push(step.id))
+        if reason and not watch.stopped:
+            text += watch.push(decoder.flush()) + watch.flush()
+        reason = "stop" if watch.stopped else reason
+        running -= reason is not None
+        yield Piece(step.sequence, text, step.id, step.logprob, reason)
+        if not running:
+            return

@@ -12,6 +12,7 @@ from minigpt.cache import KVCache
 from minigpt.checkpoint import Checkpoint
 from minigpt.errors import ContextError, OptionError
 from minigpt.program import Program
+from minigpt.team import checked_threads
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -35,6 +36,8 @@ class GPT2:
     def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None) -> None:
         self.config = checkpoint.config
         self.weights = checkpoint.weights
+        if n_threads is not None:
+            checked_threads(n_threads, "n_threads")  # whichever backend: NumPy's threads are its own affair
         self._program = None if ops.backend() == "numpy" else Program(checkpoint, n_threads)
 
     def forward(

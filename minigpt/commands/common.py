@@ -43,7 +43,7 @@ def model_path(path: str | None) -> str | PathLike[str]:
 def announce_compiling(quiet: bool = False) -> None:
     """Say so once if kernels have to be compiled, which takes a while on the first run."""
     if not quiet:
-        ops.COMPILING.append(lambda: note("compiling kernels for this machine, once (later: `minigpt warmup`) ..."))
+        ops.COMPILING.append(lambda: note("compiling kernels for this machine, this first time only ..."))
 
 
 def note(message: str) -> None:

@@ -1,0 +1,107 @@
+"""The engine wherever it has to run: without numba, without a writable cache, on one thread and on many."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import small_checkpoint
+
+import minigpt
+from minigpt import ops
+from minigpt.errors import BackendError, OptionError
+
+GENERATE = ["generate", "the", "--temperature", "0", "--max-tokens", "30"]
+NO_NUMBA = {
+    "missing": "raise ImportError('No module named numba')",
+    "unwilling": "raise SystemError('numba needs another version of NumPy')",
+}
+
+
+def run(*arguments, **environment):
+    """Run python in a new process."""
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(params=NO_NUMBA)
+def without_numba(request, tmp_path):
+    """Put a package before numba on the path that cannot be imported."""
+    folder = tmp_path / "block" / "numba"
+    folder.mkdir(parents=True)
+    folder.joinpath("__init__.py").write_text(NO_NUMBA[request.param])
+    return {"PYTHONPATH": str(folder.parent), "MINIGPT_BACKEND": "auto"}
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="numba is absent anyway")
+def test_without_numba_the_text_is_the_same(model_file, without_numba):
+    expected = minigpt.load(model_file).generate("the", temperature=0, max_tokens=30)
+    found = run("-m", "minigpt", *GENERATE, "-m", model_file, **without_numba)
+    assert found.stdout == f"the{expected}\n"
+    assert "numpy" in found.stderr
+    assert found.returncode == 0
+
+
+def test_numba_on_demand_must_be_there(model_file, without_numba):
+    found = run("-m", "minigpt", *GENERATE, "-m", model_file, **{**without_numba, "MINIGPT_BACKEND": "numba"})
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.startswith("minigpt: numba cannot be loaded (")
+    assert found.stderr.count("\n") == 1
+
+
+def test_the_backend_is_chosen_by_name(monkeypatch):
+    choose = ops.backend.__wrapped__  # the function behind its cache
+    monkeypatch.setenv("MINIGPT_BACKEND", "numpy")
+    assert choose() == "numpy"
+    monkeypatch.setenv("MINIGPT_BACKEND", "fast")
+    with pytest.raises(BackendError, match="one of auto, numba, numpy, not 'fast'"):
+        choose()
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="needs numba")
+@pytest.mark.parametrize("encoding", ["f32", "f16"])
+def test_both_backends_agree(encoding, monkeypatch):
+    checkpoint = small_checkpoint(encoding)
+    ids = np.random.default_rng(0).integers(0, 265, 64)
+    compiled = minigpt.MiniGPT(checkpoint).logits(ids)
+    monkeypatch.setattr(ops, "backend", lambda: "numpy")
+    monkeypatch.setattr(ops, "kernel", lambda name: None)
+    np.testing.assert_allclose(compiled, minigpt.MiniGPT(checkpoint).logits(ids), atol=1e-4)
+
+
+CACHELESS = """
+from minigpt import ops
+told = []
+ops.COMPILING.append(lambda: told.append(1))
+assert ops.kernel("rows_f32").address
+assert ops.kernel("rows_f16").address
+print(told)
+"""
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="needs numba")
+def test_without_a_writable_cache_kernels_are_compiled_anyway():
+    # of these places numba finds none to write to: the same as a read-only installation and home
+    found = run("-c", CACHELESS, NUMBA_CACHE_LOCATOR_CLASSES="IPythonCacheLocator", NUMBA_CACHE_DIR="")
+    assert (found.returncode, found.stdout) == (0, "[1]\n"), found.stderr
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 16])
+def test_the_number_of_threads_does_not_show(n_threads):
+    checkpoint = small_checkpoint("int8")
+    one, many = (minigpt.MiniGPT(checkpoint, n) for n in (1, n_threads))
+    ids = list(range(40))
+    np.testing.assert_allclose(one.logits(ids), many.logits(ids), atol=1e-5)
+    assert one.generate("the", seed=1, max_tokens=20) == many.generate("the", seed=1, max_tokens=20)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "257", "two", "1.5"])
+def test_threads_from_the_environment(monkeypatch, value):
+    if ops.backend() == "numpy":
+        pytest.skip("NumPy's threads are its own affair")
+    monkeypatch.setenv("MINIGPT_NUM_THREADS", value)
+    with pytest.raises(OptionError, match=rf"MINIGPT_NUM_THREADS .* 1\.\.256, not '{value}'"):
+        minigpt.MiniGPT(small_checkpoint())
