@@ -148,9 +148,9 @@ def test_levels_keep_sums_within_int32(n_in):
 
 def test_an_encoding_without_kernels_is_named():
     assert can_run(small_checkpoint("int4"))
-    checkpoint = small_checkpoint("bitmap")
+    checkpoint = small_checkpoint("bitmap_int8")
     assert not can_run(checkpoint)
-    with pytest.raises(BackendError, match="no compiled kernel matmul_bitmap; set MINIGPT_BACKEND=numpy"):
+    with pytest.raises(BackendError, match="no compiled kernel matmul_bitmap_int8; set MINIGPT_BACKEND=numpy"):
         Program(checkpoint, 1)
 
 
