@@ -278,7 +278,7 @@ def test_a_target_size_is_met_and_filled_in_merge_order(checkpoint):
 
 
 def test_rare_tokens_go(checkpoint):
-    cut = STEPS["vocabulary"](checkpoint, Calibration(("on on on er",)), minimum=2)
+    cut = STEPS["vocabulary"](checkpoint, Calibration(("on", "on er", "on")), minimum=2)
     assert len(cut.vocabulary) == 256 + 1 + 1
 
 

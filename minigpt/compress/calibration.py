@@ -346,7 +346,7 @@ class Judge:
             log_q = log_softmax(self._head.matmul(self._hidden[part]))
             nll -= float(log_p[np.arange(len(log_p)), targets[part]].sum(dtype=np.float64))
             agreed += float((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
-            kl += float(np.einsum("nv,nv->", np.exp(log_q), log_q - log_p, dtype=np.float64))
+            kl += float(np.einsum("nv,nv->n", np.exp(log_q), log_q - log_p).sum(dtype=np.float64))
         n = len(targets)
         return {
             "perplexity": math.exp(min(nll / n, 700.0)),

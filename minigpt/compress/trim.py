@@ -7,6 +7,8 @@ sizes.
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,10 +45,11 @@ from minigpt.compress.step import (
 )
 from minigpt.encodings import Weight
 from minigpt.errors import OptionError
-from minigpt.evaluate import encode_documents, read_documents
+from minigpt.evaluate import read_documents
 from minigpt.tokenizer import Tokenizer
 
 GREEDY_TOKENS = 2048  # that each candidate of the greedy search is judged by
+PASSAGE_TOKENS = 512  # longer documents count as several
 
 
 # ---- depth ---------------------------------------------------------------------------------------------------
@@ -400,9 +403,8 @@ def vocabulary(
 ) -> Checkpoint:
     """Keep the tokens that a corpus, by default the calibration text, uses; other text becomes longer.
 
-    Kept are all bytes, special tokens, and every token seen at least `minimum` times together with the
-    tokens that its merges pass through. With `size`, the table is filled up with the earliest merges, or
-    the rarest seen tokens go, until it has that many rows.
+    Bytes and special tokens stay. Of the others, the least used go until `size` are left, or without `size`
+    those that fewer than `minimum` passages use. Merges are kept with them, so any text still encodes and decodes.
     """
     if size is not None and size > checkpoint.config.vocab_size:
         raise OptionError(f"size must be in 256..{checkpoint.config.vocab_size}, not {size}")
@@ -411,27 +413,44 @@ def vocabulary(
         documents = list(required(calibration, "choosing tokens without a corpus").documents)
     else:
         documents = read_documents(corpus)
-    ids = encode_documents(Tokenizer(old), documents, None)
-    if not len(ids):
+    uses, n_before = passages_with(Tokenizer(old), documents)
+    if not n_before:
         raise OptionError("the corpus has no text; give one that shows what the model is for")
-    kept = choose_tokens(checkpoint, np.bincount(ids, minlength=len(old)), minimum, size)
+    kept = choose_tokens(checkpoint, uses, minimum, size)
     result = keep_tokens(checkpoint, kept)
-    n_after = len(encode_documents(Tokenizer(result.vocabulary), documents, None))
+    _, n_after = passages_with(Tokenizer(result.vocabulary), documents)
     n_characters = sum(map(len, documents))
-    ratios = {"before": len(ids) / n_characters, "after": n_after / n_characters}
+    ratios = {"before": n_before / n_characters, "after": n_after / n_characters}
     return noted(result, tokens=len(kept), tokens_per_character=ratios)
 
 
+def passages_with(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Ids, int]:
+    """Count in how many passages each token occurs, and all tokens: [vocab_size] and their number.
+
+    A word that one document repeats says less of the next document than one that many documents use.
+    """
+    passages, n_tokens = np.zeros(tokenizer.n_vocab, np.int64), 0
+    for document in documents:
+        ids = tokenizer.encode(document)
+        n_tokens += len(ids)
+        for begin in range(0, len(ids), PASSAGE_TOKENS):
+            passages[list(set(ids[begin : begin + PASSAGE_TOKENS]))] += 1
+    return passages, n_tokens
+
+
 def choose_tokens(checkpoint: Checkpoint, uses: Ids, minimum: int, size: int | None) -> Ids:
-    """Return the ids to keep, ascending.
+    """Return the ids to keep, ascending: byte-pair encoding run backwards.
+
+    Of the tokens that no other kept token is made of, the least used goes, later merges first. Its uses become uses
+    of its two halves, which costs a token each. So what is left can always be merged from bytes.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     uses : ndarray of shape (vocab_size,), dtype=int64
-        How often the corpus uses each token.
+        How much the corpus uses each token.
     minimum : int
-        Tokens used less often go, unless `size` leaves room for them.
+        Without `size`, tokens go until each has so many uses.
     size : int, optional
         How many to keep.
 
@@ -440,30 +459,27 @@ def choose_tokens(checkpoint: Checkpoint, uses: Ids, minimum: int, size: int | N
     OptionError
         If `size` is too small for the bytes and special tokens.
     """
-    tokens, made = vocabulary_tokens(checkpoint.vocabulary), merge_results(checkpoint.vocabulary)
-    kept = {id for id, token in enumerate(tokens) if len(token) == 1}
-    kept |= set(checkpoint.vocabulary.special_tokens.values())
-    if checkpoint.config.eos_token_id is not None:
-        kept.add(checkpoint.config.eos_token_id)
-    if size is not None and size < len(kept):
-        raise OptionError(f"size must be at least {len(kept)}, the bytes and special tokens, not {size}")
-    limit = len(tokens) if size is None else size
-    halves: dict[int, list[int]] = {}
-    for result, pair in zip(made.tolist(), checkpoint.vocabulary.merges.tolist(), strict=True):
-        halves.setdefault(result, []).extend(pair)
-    by_use = np.argsort(-uses, kind="stable")
-    wanted = by_use[uses[by_use] >= minimum].tolist()
-    if size is not None:
-        wanted += list(halves)  # in the order of the merges
-    for token in wanted:
-        needed: set[int] = set()
-        stack = [token]
-        while stack:  # the token, and what its merges pass through
-            if (part := stack.pop()) not in kept | needed:
-                needed.add(part)
-                stack += halves.get(part, [])
-        if len(kept) + len(needed) <= limit:
-            kept |= needed
+    old = checkpoint.vocabulary
+    fixed = {id for id, token in enumerate(vocabulary_tokens(old)) if len(token) == 1}
+    fixed |= {*old.special_tokens.values(), checkpoint.config.eos_token_id} - {None}  # type: ignore[arg-type]
+    if size is not None and size < len(fixed):
+        raise OptionError(f"size must be at least {len(fixed)}, the bytes and special tokens, not {size}")
+    halves: dict[int, list[int]] = {}  # two, or more where several merges make one token
+    for token, pair in zip(merge_results(old).tolist(), old.merges.tolist(), strict=True):
+        halves.setdefault(token, []).extend(pair)
+    rank = {token: order for order, token in enumerate(halves)}
+    needed = Counter(half for pair in halves.values() for half in pair)  # to make how many others
+    count, kept = uses.tolist(), set(range(len(uses)))
+    leaves = [(count[id], -rank.get(id, 0), id) for id in kept - fixed if not needed[id]]
+    heapq.heapify(leaves)
+    while leaves and (leaves[0][0] < minimum if size is None else len(kept) > size):
+        *_, token = heapq.heappop(leaves)
+        kept.remove(token)
+        for half in halves.get(token, []):
+            count[half] += count[token]
+            needed[half] -= 1
+            if not needed[half] and half not in fixed:
+                heapq.heappush(leaves, (count[half], -rank.get(half, 0), half))
     return np.array(sorted(kept), np.int64)
 
 
