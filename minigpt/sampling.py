@@ -44,9 +44,7 @@ class Filter:
 FILTERS: dict[str, Filter] = {}
 
 
-def register(
-    off: Any, valid: Callable[[Any], bool], allowed: str, uses_context: bool = False
-) -> Callable[[F], F]:
+def register(off: Any, valid: Callable[[Any], bool], allowed: str, uses_context: bool = False) -> Callable[[F], F]:
     """Add a function to `FILTERS` under its name, and let it check its value when it is called by itself."""
 
     def wrap(function: F) -> F:
@@ -141,9 +139,7 @@ def banned(logits: Floats, ids: Sequence[int]) -> Floats:
     return out
 
 
-@register(
-    1.0, lambda v: v == 0 or 0.01 <= v <= 100, "0 (always the likeliest token) or a number in 0.01..100"
-)
+@register(1.0, lambda v: v == 0 or 0.01 <= v <= 100, "0 (always the likeliest token) or a number in 0.01..100")
 def temperature(logits: Floats, value: float) -> Floats:
     """Divide logits by the temperature; 0 leaves only the highest."""
     return logits / value if value else _keep(logits, largest(logits, 1))
@@ -202,7 +198,8 @@ def min_p(logits: Floats, p: float) -> Floats:
 class SamplingOptions:
     """How the next token is chosen; every field but `seed` is a filter of this module.
 
-    Penalties and n-grams look at the whole context, prompt included.
+    Penalties and n-grams look at the whole context, prompt included. The default temperature and top_p were chosen
+    by reading what the embedded model writes; its card says what was seen.
 
     Raises
     ------
@@ -210,9 +207,9 @@ class SamplingOptions:
         Naming the option, its value and what is allowed.
     """
 
-    temperature: float = 0.8
+    temperature: float = 0.7
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 0.9
     min_p: float = 0.0
     typical_p: float = 1.0
     repetition_penalty: float = 1.0

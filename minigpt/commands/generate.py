@@ -110,7 +110,7 @@ def _prompt(options: argparse.Namespace) -> str:
         piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode()
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise MinigptError(f"the prompt is not UTF-8 (from {error.start} on); convert it first") from None
-    return piped or EXAMPLE
+    return piped.rstrip("\r\n") or EXAMPLE  # as $(...) does: few models have learned to go on after an echo
 
 
 def _bias(text: str) -> tuple[int, float]:

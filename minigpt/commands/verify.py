@@ -26,5 +26,5 @@ def run(options: argparse.Namespace) -> None:
         for part, values in weight.parts.items():
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 raise FormatError(f"part {part!r} of {name} holds NaN or infinity; convert the model again")
-    Tokenizer(model.vocabulary)
+    Tokenizer(model.vocabulary).prepare()
     print(f"{common.printable(options.file)}: intact ({report.parts} parts, {report.bytes:,} bytes)")
