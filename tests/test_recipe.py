@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from weights.recipe import constraints, data, model, shrink  # noqa: E402
 from weights.recipe.__main__ import parser  # noqa: E402
 from weights.recipe.sample import sample  # noqa: E402
-from weights.recipe.train import Options, evaluate, train  # noqa: E402
+from weights.recipe.train import Options, cross_entropy, evaluate, train  # noqa: E402
 
 CONFIG = {
     "vocab_size": 67, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4, "eos_token_id": 0,
@@ -49,13 +50,35 @@ def logits(gpt2):
         return gpt2(torch.arange(16)[None] * 3)
 
 
+def nats(gpt2, tokens):
+    return evaluate(partial(cross_entropy, gpt2), tokens, 16, torch.device("cpu"))
+
+
 def test_training_learns_and_stops_at_the_best_evaluation(gpt2, tokens):
-    before, _ = evaluate(gpt2, tokens[:500])
+    before = nats(gpt2, tokens[:500])
     best = run(gpt2, tokens)
-    after, n_tokens = evaluate(gpt2, tokens[:500])
+    after = nats(gpt2, tokens[:500])
     assert after < before - 0.5
-    assert after == pytest.approx(best["held_out"], abs=0.02)  # evaluated in bfloat16 while training
-    assert n_tokens == 496
+    assert after == pytest.approx(best["held_out"], abs=0.02)  # in bfloat16 while training
+
+
+def test_training_stops_early_and_in_time(gpt2, tokens):
+    assert run(gpt2, tokens, minutes=0.0001, steps=10**6)["step"] < 10**4
+    wild = run(gpt2, tokens, muon_lr=10.0, adam_lr=10.0, steps=10**6, patience=2, eval_every=2)
+    assert wild["step"] < 10**3
+
+
+def test_diverged_training_is_reported(gpt2, tokens):
+    gpt2.ln_f.weight.data.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="loss nan at step 10; lower"):
+        run(gpt2, tokens)
+
+
+def test_evaluation_is_the_mean_over_all_targets(gpt2, tokens):
+    x, y = data.windows(tokens, 16)
+    with torch.no_grad():
+        chosen = gpt2(x).log_softmax(-1).gather(2, y[..., None].long())
+    assert nats(gpt2, tokens) == pytest.approx(-chosen.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("criterion", shrink.CRITERIA)

@@ -1,0 +1,1 @@
+"""The recipe that trained the default model: PyTorch, Hugging Face folders in and out. See README.md."""
