@@ -184,7 +184,7 @@ def test_recipe(tmp_path, noise):
         ("step = 3", "must consist of"),
         ("[[step]]\nsize = 3", "each with a name"),
         ('seed = 1\n[[step]]\nname = "depth"', "must consist of"),
-        ('[[step]]\nname = "shrink"', "there is no step 'shrink'; there are context, depth"),
+        ('[[step]]\nname = "shrink"', "there is no step 'shrink'; there are .*depth"),
         ('[[step]]\nname = "depth"\nn_layer = "six"', "n_layer of depth must be a whole number from 1 on, not 'six'"),
     ],
 )

@@ -97,15 +97,17 @@ def test_gains_restore_a_layer_norm():
         np.testing.assert_allclose(healed.weights[name].decode(), model.weights[name].decode(), atol=2e-2)
 
 
-def test_outputs_make_up_for_removed_neurons_and_leave_quantized_maps_alone():
+def test_outputs_make_up_for_removed_neurons_and_leave_quantized_or_shared_maps_alone():
     model = small_checkpoint()
     cut = STEPS["neurons"](model, TEXT, remove=0.5, multiple=1)
     healed = refit(cut, pair_of(model), REFITS["outputs"])
     target, before, after = (last_stream(m) for m in (model, cut, healed))
     assert np.square(after - target).mean() < 0.7 * np.square(before - target).mean()
     name = "h.0.mlp.c_proj.weight"
-    quantized = updated(cut, {name: encode(cut.weights[name].decode(), "int8")})
-    assert refit(quantized, pair_of(model), REFITS["outputs"]).weights[name] is quantized.weights[name]
+    for weight in (encode(cut.weights[name].decode(), "int8"), cut.weights[name]):
+        twins = {"h.0.mlp.c_proj.weight": weight, "h.1.mlp.c_proj.weight": weight}
+        shared = updated(small_checkpoint(n_inner=(96, 96)), twins)
+        assert refit(shared, pair_of(model), REFITS["outputs"]).weights[name] is weight
 
 
 def test_targets_skip_removed_layers():

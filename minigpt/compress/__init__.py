@@ -1,12 +1,12 @@
 """Compression without gradients: a pure function from checkpoint to checkpoint, made of steps.
 
->>> from minigpt.compress import Calibration, compress >>> text = Calibration.read("calibration.jsonl") >>>
-smaller = compress(checkpoint, [("vocabulary", {"size": 16384}), ("depth", {"n_layer": 5})], text,
-heal=True)
+>>> from minigpt.compress import Calibration, compress
+>>> text = Calibration.read("calibration.jsonl")
+>>> steps = [("vocabulary", {"size": 16384}), ("depth", {"n_layer": 5})]
+>>> smaller = compress(checkpoint, steps, text, heal=True)
 
-Each step is a row of `STEPS`; what it did is measured on the held-out half of the calibration text and
-written into the history. The package is callable: `minigpt.compress(...)` is
-`minigpt.compress.compress(...)`.
+Each step is a row of `STEPS`. What it did is measured on the held-out half of the calibration text and written
+into the history. The package is callable: `minigpt.compress(...)` is `minigpt.compress.compress(...)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress import trim  # noqa: F401 (fills STEPS)
+from minigpt.compress import factorize, prune, quantize, trim  # noqa: F401 (they fill STEPS)
 from minigpt.compress.calibration import Calibration, Judge, required
 from minigpt.compress.heal import Pair
 from minigpt.compress.heal import heal as mend

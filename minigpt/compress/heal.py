@@ -133,19 +133,20 @@ class Pair:
             if place in wanted:
                 name = norm_of(place, config.n_layer)
                 normed = layers.layer_norm(self.reference.weights, name, x, config.layer_norm_epsilon)
-                yield x @ basis, normed @ basis
+                yield (x, normed) if basis is None else (x @ basis, normed @ basis)
 
 
-def common_basis(wide: Checkpoint, narrow: Checkpoint) -> Floats:
-    """Return the linear map between two residual streams, as the tables tell it: [n_embd, n_embd']."""
+def common_basis(wide: Checkpoint, narrow: Checkpoint) -> Floats | None:
+    """Return the linear map between two residual streams, as the tables tell it, or None where widths agree."""
     if wide.config.n_embd == narrow.config.n_embd:
-        return np.eye(wide.config.n_embd, dtype=np.float32)
+        return None
     xx, xy = 0.0, 0.0
     for table in ("wte.weight", "wpe.weight"):
         y = narrow.weights[table].decode()
         x = wide.weights[table].decode()[: len(y)]
         xx, xy = xx + x.T @ x, xy + x.T @ y
-    return np.linalg.lstsq(xx, xy, rcond=1e-6)[0].astype(np.float32)
+    basis: Floats = np.linalg.lstsq(xx, xy, rcond=1e-6)[0].astype(np.float32)  # [n_embd, n_embd']
+    return basis
 
 
 def norm_of(half: int, n_layer: int) -> str:
@@ -187,14 +188,16 @@ class Place:
 
 
 def outputs(place: Place) -> Changes:
-    """Refit the map that writes into the stream by ridge least squares; a quantized one stays as it is."""
-    weight = place.checkpoint.weights.get(f"{place.writer}.weight")
-    if place.target is None or weight is None or weight.encoding.name != "f32":
+    """Refit the map that writes into the stream by ridge least squares; one stored in f32 for itself alone."""
+    weights = place.checkpoint.weights
+    if place.target is None or (weight := weights[f"{place.writer}.weight"]).encoding.name != "f32":
+        return {}
+    if sum(other is weight for other in weights.values()) > 1:  # layers share it
         return {}
     regression = Regression(weight.shape[1], weight.shape[0])
     for part in parts(place.x):
         inputs: list[Floats] = []
-        listening = tapped(place.checkpoint.weights, {place.writer: inputs.append})
+        listening = tapped(weights, {place.writer: inputs.append})
         run_half(listening, place.checkpoint.config, place.half, place.x[part])
         error = place.target[part] - place.x[part]  # [n_windows, window, n_embd]
         regression.add(inputs[0], error.reshape(-1, error.shape[-1]))
