@@ -35,14 +35,12 @@ def embed(weights: Weights, ids: Ids, positions: Ids) -> Floats:
 
 def vector(weights: Weights, name: str) -> Floats:
     """Return a gain or bias, always stored in f32."""
-    return weights[name].parts["values"]  # type: ignore[return-value]
+    return weights[name].parts["values"]
 
 
 def layer_norm(weights: Weights, name: str, x: Floats, epsilon: float) -> Floats:
     """Apply the LayerNorm called `name`: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
-    return reference.layer_norm(
-        x, vector(weights, f"{name}.weight"), vector(weights, f"{name}.bias"), epsilon
-    )
+    return reference.layer_norm(x, vector(weights, f"{name}.weight"), vector(weights, f"{name}.bias"), epsilon)
 
 
 def linear(weights: Weights, name: str, x: Floats) -> Floats:

@@ -113,7 +113,7 @@ class NMInt4(NM, OnGrid):
 
     def fit(self, w: Floats, symmetric: bool = True) -> tuple[Floats, Floats]:
         """Span the largest magnitude with 8 steps on either side of zero."""
-        return ENCODINGS["int4"].fit(w, symmetric=True)  # type: ignore[attr-defined, no-any-return]
+        return ENCODINGS["int4"].fit(w, symmetric=True)  # type: ignore[attr-defined]
 
     def pack(self, codes: NDArray[np.integer], grid: Grid, kept: Mask) -> Parts:
         """Store 4 of every 8 codes, two to a byte."""
