@@ -78,7 +78,9 @@ def parse() -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> Iterator[Record]:
     """Yield a record for the machine, each engine's preparation, and each measurement."""
     wanted = [name for name in options.engines if ENGINES[name].kind in options.kinds]
-    packages = {package: version(package) for name in wanted for package in ENGINES[name].needs}
+    distributions = importlib.metadata.packages_distributions()
+    needed = {name for engine in wanted for module in ENGINES[engine].needs for name in distributions.get(module, [])}
+    packages = {name: importlib.metadata.version(name) for name in sorted(needed)}
     date = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
     yield {"what": "machine", "date": date, **measure.machine(max(options.threads)), "packages": packages}
     fixed = {name: getattr(options, name) for name in ("prompt", "tokens", "long_prompt", "runs")}
@@ -191,13 +193,6 @@ def summary(record: Record) -> str:
     return f"{record['engine']} {', '.join(figures) or record.get('failed')}"
 
 
-def version(module: str) -> str | None:
-    try:
-        return importlib.metadata.version(module.replace("_", "-").replace("llama-cpp", "llama-cpp-python"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -207,7 +202,7 @@ def note(message: str) -> None:
 
 def print_tables(records: Sequence[Record]) -> None:
     machine = next(record for record in reversed(records) if record["what"] == "machine")
-    versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
+    versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     print(
         f"{machine['date']}, {machine['cpu']} ({', '.join(machine['features'])}), {machine['processors']} processors,"
     )
@@ -222,7 +217,16 @@ def print_tables(records: Sequence[Record]) -> None:
         words = f"{threads} thread{'s' * (threads > 1)}"
         print(f"\n### {size} ({n_layer} x {n_embd}), {words}; memory {spread(reading, 1)} GB/s\n")
         print_table(
-            ("engine", "decode tokens/s", "prefill tokens/s", "peak MB", "file MB", "decode, ours / its", "prefill"),
+            (
+                "engine",
+                "decode tokens/s",
+                "CPU ms/token",
+                "prefill tokens/s",
+                "peak MB",
+                "file MB",
+                "decode, ours / its",
+                "prefill",
+            ),
             rows,
         )
         best += ratios
@@ -254,16 +258,25 @@ def case(records: Sequence[Record], size: str, threads: int) -> tuple[list[tuple
     for kind in KINDS:
         engines = [name for name in ENGINES if name in runs and ENGINES[name].kind == kind]
         ours = OURS[kind]
-        ratios = {name: [ratio(runs[ours], runs[name], what) for what in ("decode", "prefill")] for name in engines}
+        our_runs = runs.get(ours, {})
+        ratios = {name: [ratio(our_runs, runs[name], what) for what in ("decode", "prefill")] for name in engines}
         for name in engines:
-            figures = [[statistics.median(r[what]) for r in runs[name].values()] for what in ("decode", "prefill")]
+            decode, cpu, prefill = (
+                [statistics.median(r[what]) for r in runs[name].values()] for what in ("decode", "cpu_ms", "prefill")
+            )
             peak = statistics.median(r["peak_mb"] for r in runs[name].values())
             times = ["" if name == ours or value is None else f"{value:.2f}" for value in ratios[name]]
             bold = "**" if name == ours else ""
-            cells = (spread(figures[0]), spread(figures[1]), f"{peak:.0f}", f"{files.get(name, 0):.0f}")
+            cells = (
+                spread(decode),
+                f"{statistics.median(cpu):.2f}",
+                spread(prefill),
+                f"{peak:.0f}",
+                f"{files.get(name, 0):.0f}",
+            )
             rows.append((bold + name + bold, *cells, *times))
         others = [name for name in engines if not name.startswith("minigpt")]
-        if ours in runs and others:
+        if our_runs and others:
             cells = []
             for i in range(2):
                 rival = min(others, key=lambda name: ratios[name][i] or float("inf"))

@@ -111,7 +111,7 @@ class MiniGPTNumPy(MiniGPT):
     name, kind, encoding, backend = "minigpt-numpy-f32", "f32", "f32", "numpy"
 
 
-OURS = {engine.kind: name for name, engine in ENGINES.items() if engine.backend == "numba"}  # type: ignore[attr-defined]
+OURS = {kind: f"minigpt-{kind}" for kind in KINDS}
 
 
 # ---- ONNX Runtime ------------------------------------------------------------------------------------------

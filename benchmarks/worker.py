@@ -51,12 +51,19 @@ def speed(job: dict) -> dict:
     engine, size = load(job), models.SIZES[job["size"]]
     short, long = (prompt(job[name], size.vocab_size) for name in ("prompt", "long_prompt"))
     engine.generate(short, 8)
-    decode = []
+    decode, cpu_ms = [], []
     for _ in range(job["runs"]):
+        cpu = time.process_time()
         times, tokens = engine.generate(short, job["tokens"])
+        cpu_ms.append(1e3 * (time.process_time() - cpu) / job["tokens"])
         assert len(tokens) == len(times) - 1 == job["tokens"], f"{len(tokens)} tokens at {len(times) - 1} times"
         decode.append((job["tokens"] - 1) / (times[-1] - times[1]))
-    result = {"decode": decode, "peak_mb": peak_mb(), "first_tokens": [int(token) for token in tokens[:8]]}
+    result = {
+        "decode": decode,
+        "cpu_ms": cpu_ms,
+        "peak_mb": peak_mb(),
+        "first_tokens": [int(token) for token in tokens[:8]],
+    }
     prefill = []
     for _ in range(job["runs"] + 1):
         (begin, end), _ = engine.generate(long, 1)
