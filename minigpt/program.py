@@ -7,6 +7,7 @@ no arithmetic. Callers must have checked ids, positions and sequences: the kerne
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Program:
     Parameters
     ----------
     checkpoint : Checkpoint
-        Its arrays are used where they are.
+        Its arrays are used where they are, unless one is not C-contiguous: that is copied.
     n_threads : int, optional
         See `Team`.
     """
@@ -43,7 +44,7 @@ class Program:
         self.team = Team(n_threads)
         self._config, self._weights = checkpoint.config, checkpoint.weights
         self._forward = _address("forward")
-        self._matrices: dict[int, NDArray[np.int64]] = {}  # descriptors, by the identity of their Weight
+        self._matrices: dict[int, tuple[Weight, NDArray[np.int64]]] = {}  # with descriptors, by identity
         self._layers = np.zeros((self._config.n_layer, layout.L_SIZE), np.int64)
         self._fields = np.zeros(layout.P_SIZE, np.int64)
         self._address: int = self._fields.ctypes.data
@@ -137,8 +138,10 @@ class Program:
         """Return the address of a matrix's descriptor."""
         weight = self._weights[name]
         if id(weight) not in self._matrices:
-            self._matrices[id(weight)] = describe(weight)
-        return self._matrices[id(weight)].ctypes.data
+            parts = {part: np.ascontiguousarray(values) for part, values in weight.parts.items()}  # as files hold them
+            contiguous = replace(weight, parts=parts)
+            self._matrices[id(weight)] = contiguous, describe(contiguous)
+        return self._matrices[id(weight)][1].ctypes.data
 
     def _fill(self, **fields: int) -> None:
         for name, value in fields.items():

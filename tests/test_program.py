@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,15 @@ def test_weights_live_as_long_as_the_program():
     gc.collect()
     np.testing.assert_array_equal(run(program, small_checkpoint("int8")), expected)
     assert config.n_layer == 2
+
+
+def test_parts_in_another_order_are_copied():
+    checkpoint = small_checkpoint("int8")
+    expected = run(Program(checkpoint, 1), checkpoint)
+    for name, weight in checkpoint.weights.items():
+        parts = {part: np.asfortranarray(values) for part, values in weight.parts.items()}
+        checkpoint.weights[name] = replace(weight, parts=parts)
+    np.testing.assert_array_equal(run(Program(checkpoint, 1), checkpoint), expected)
 
 
 def test_another_cache_may_follow_a_dead_one():
