@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -276,9 +276,18 @@ for stage in stages:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one of `STAGES` cost: seconds, and megabytes (10^6) by which it raised the peak of resident memory."""
+    """What one of `STAGES` cost.
+
+    Attributes
+    ----------
+    seconds, cpu_s : Spread
+        By the clock, and of all its threads on processors.
+    megabytes : Spread
+        By how much it raised the peak of resident memory, 10^6 bytes.
+    """
 
     seconds: Spread
+    cpu_s: Spread
     megabytes: Spread
 
 
@@ -315,21 +324,34 @@ def start(
     """
     job = (os.fspath(Path(path).resolve()), n_threads, TEXT, n_tokens, list(STAGES.values()))
     _watch(job)
-    watched = [_watch(job) for _ in range(runs)]  # per run, per stage: seconds, peak bytes, processor seconds
+    watched = [_watch(job) for _ in range(runs)]
     first_token = list(STAGES).index("first token")
     stages = {}
     for i, name in enumerate(STAGES):
-        grown = [(run[i][1] - (run[i - 1][1] if i else 0)) / 1e6 for run in watched]
-        stages[name] = Stage(spread(run[i][0] for run in watched), spread(grown))
+        before = [run[i - 1] if i else Mark(0.0, 0, 0.0) for run in watched]
+        now = [run[i] for run in watched]
+        stages[name] = Stage(
+            seconds=spread(mark.seconds for mark in now),
+            cpu_s=spread(b.cpu_s - a.cpu_s for a, b in zip(before, now, strict=True)),
+            megabytes=spread((b.peak_rss - a.peak_rss) / 1e6 for a, b in zip(before, now, strict=True)),
+        )
     return Start(
-        ttft_s=spread(sum(seconds for seconds, _, _ in run[: first_token + 1]) for run in watched),
-        peak_rss_mb=spread(run[-1][1] / 1e6 for run in watched),
-        cpu_s=spread(run[-1][2] for run in watched),
+        ttft_s=spread(sum(mark.seconds for mark in run[: first_token + 1]) for run in watched),
+        peak_rss_mb=spread(run[-1].peak_rss / 1e6 for run in watched),
+        cpu_s=spread(run[-1].cpu_s for run in watched),
         stages=stages,
     )
 
 
-def _watch(job: tuple[Any, ...]) -> list[tuple[float, int, float]]:
+class Mark(NamedTuple):
+    """Where a fresh process stood after a stage: seconds since the stage before, peak bytes, processor seconds."""
+
+    seconds: float
+    peak_rss: int
+    cpu_s: float
+
+
+def _watch(job: tuple[Any, ...]) -> list[Mark]:
     """Run a child that stops after each stage until its memory has been read."""
     marks = []
     began = time.perf_counter()
@@ -343,7 +365,7 @@ def _watch(job: tuple[Any, ...]) -> list[tuple[float, int, float]]:
         child.stdin.flush()
         for line in child.stdout:
             seconds = time.perf_counter() - began
-            marks.append((seconds, peak_rss(child.pid), float(line)))
+            marks.append(Mark(seconds, peak_rss(child.pid), float(line)))
             began = time.perf_counter()
             child.stdin.write("\n")
             child.stdin.flush()

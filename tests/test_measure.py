@@ -76,6 +76,7 @@ def test_start_watches_every_stage(path):
     assert list(start.stages) == list(measure.STAGES)
     for stage in start.stages.values():
         assert is_sane(stage.seconds, 2)
+        assert is_sane(stage.cpu_s, 2)
         assert is_sane(stage.megabytes, 2)
     assert is_sane(start.ttft_s, 2)
     assert is_sane(start.cpu_s, 2)

@@ -88,9 +88,9 @@ def _print(result: Benchmark) -> None:
     print(f"\nA token reads {total / 1e6:.1f} MB of weights; the file has {result.file_bytes / 1e6:.1f} MB.\n")
     common.print_table((part, f"{n / 1e6:.1f} MB", f"{n / total:.0%}") for part, n in result.bytes_per_token.items())
 
-    print("\nA fresh process, part by part:\n")
+    print("\nA fresh process, part by part: seconds, processor seconds, growth of its peak memory:\n")
     common.print_table(
-        (name, f"{stage.seconds.median:.3f} s", f"{stage.megabytes.median:.1f} MB")
+        (name, f"{stage.seconds.median:.3f} s", f"{stage.cpu_s.median:.3f} s", f"{stage.megabytes.median:.1f} MB")
         for name, stage in result.start.stages.items()
     )
 
