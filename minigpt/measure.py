@@ -228,19 +228,17 @@ def bandwidth(n_bytes: int, n_threads: int, seconds: float = READING_SECONDS) ->
     NumPy's bitwise-or of 64-bit integers needs no more than a load and a cheap operation for each vector, runs without
     the GIL, and reaches what a C loop with eight accumulators does.
     """
-    buffers: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * n_threads
+    buffers = [np.ones(max(1, n_bytes // n_threads // 8), np.int64) for _ in range(n_threads)]
     rates = [0.0] * n_threads
     together = threading.Barrier(n_threads)
 
     def read(thread: int) -> None:
-        values = np.ones(max(1, n_bytes // n_threads // 8), np.int64)  # written where it is read
-        buffers[thread] = values
         together.wait()
         began, n_passes, spent = time.perf_counter(), 0, 0.0
         while spent < seconds:
-            np.bitwise_or.reduce(values)
+            np.bitwise_or.reduce(buffers[thread])
             n_passes, spent = n_passes + 1, time.perf_counter() - began
-        rates[thread] = n_passes * values.nbytes / spent / 1e9
+        rates[thread] = n_passes * buffers[thread].nbytes / spent / 1e9
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(n_threads)]
     for thread in threads:
@@ -407,12 +405,13 @@ def machine(n_threads: int) -> dict[str, Any]:
     cpu = _fields("/proc/cpuinfo")
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     memory = _fields("/proc/meminfo").get("MemTotal", "").split()
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "features": [f for f in ("avx2", "avx512bw", "avx_vnni", "avx512_vnni", "asimddp", "i8mm") if f in flags],
         "processors": os.cpu_count(),
         "l3_cache": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "memory_gb": round(int(memory[0]) * 1024 / 1e9, 1) if memory else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -421,7 +420,7 @@ def machine(n_threads: int) -> dict[str, Any]:
         "minigpt": _version("minigpt"),
         "backend": ops.backend(),
         "threads": n_threads,
-        "blas": f"{blas['name']} {blas['version']}",
+        "blas": f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip(),
         "blas_threads": {
             k: os.environ[k] for k in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if k in os.environ
         },
