@@ -19,11 +19,11 @@ from minigpt.encodings import Weight
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Weights = Mapping[str, Weight]
-Sequence = tuple[slice, int, int]  # tokens of the batch | sequence of the cache | first position
+Run = tuple[slice, int, int]  # tokens of a batch that stand next to each other | their sequence | first position
 
 
-def sequences(sequence_of: Ids, positions: Ids) -> list[Sequence]:
-    """Cut a batch of tokens where a new sequence begins."""
+def runs(sequence_of: Ids, positions: Ids) -> list[Run]:
+    """Cut a batch of tokens where another sequence begins."""
     starts = [0, *(np.flatnonzero(np.diff(sequence_of)) + 1).tolist(), len(sequence_of)]
     return [(slice(a, b), int(sequence_of[a]), int(positions[a])) for a, b in itertools.pairwise(starts)]
 
@@ -49,7 +49,7 @@ def linear(weights: Weights, name: str, x: Floats) -> Floats:
 
 
 def attention(
-    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Sequence]
+    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Run]
 ) -> Floats:
     """Attend within each sequence and store its keys and values on the way.
 
@@ -82,7 +82,7 @@ def mlp(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
 
 
 def block(
-    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Sequence]
+    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Run]
 ) -> Floats:
     """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
     epsilon = config.layer_norm_epsilon

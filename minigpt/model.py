@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from minigpt import layers, ops
+from minigpt import layers
 from minigpt.cache import KVCache
 from minigpt.checkpoint import Checkpoint
 from minigpt.errors import ContextError, OptionError
-from minigpt.program import Program
+from minigpt.program import Program, can_run
 from minigpt.team import checked_threads
 
 Floats = NDArray[np.float32]
@@ -19,7 +19,8 @@ Ids = NDArray[np.int64]
 
 __all__ = ["GPT2", "KVCache"]
 
-CHUNK = 128  # tokens that go through the network at once: bounds every intermediate, long prompts too
+CHUNK = 256  # tokens that go through the network at once: bounds every intermediate, long prompts too
+SHOWN = 128  # tokens whose logits are handed out at once: 26 MB for a vocabulary of 50,257
 
 
 class GPT2:
@@ -38,7 +39,7 @@ class GPT2:
         self.weights = checkpoint.weights
         if n_threads is not None:
             checked_threads(n_threads, "n_threads")  # whichever backend: NumPy's threads are its own affair
-        self._program = None if ops.backend() == "numpy" else Program(checkpoint, n_threads)
+        self._program = Program(checkpoint, n_threads) if can_run(checkpoint) else None
 
     def forward(
         self,
@@ -71,56 +72,53 @@ class GPT2:
         ContextError
             If a sequence would become longer than `n_positions`; the cache is left as it was.
         """
-        tokens, sequence_of = self._checked(ids, cache, sequences)
-        ends = np.flatnonzero(np.append(np.diff(sequence_of) != 0, True))
-        wanted = ends if keep is None else np.asarray(keep, np.int64)
-        positions = self._positions(sequence_of, cache)
-        run = self._run_numpy if self._program is None else self._program.run
+        tokens = np.atleast_1d(np.asarray(ids, np.int64))
+        if tokens.ndim != 1 or not len(tokens):
+            raise OptionError("forward needs at least one id, in one dimension")
+        if int(tokens.view(np.uint64).max()) >= self.config.vocab_size:  # one pass: a negative id is huge
+            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
+            raise OptionError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
+        sequence_of = np.zeros(len(tokens), np.int64) if sequences is None else np.asarray(sequences, np.int64)
+        runs = self._runs(len(tokens), None if sequences is None else sequence_of, cache)
+        positions = np.concatenate([np.arange(first, first + run.stop - run.start) for run, _, first in runs])
+        wanted = np.array([run.stop - 1 for run, *_ in runs]) if keep is None else np.asarray(keep, np.int64)
+        compute = self._run_numpy if self._program is None else self._program.run
         parts = []
         for begin in range(0, len(tokens), CHUNK):
             chunk = slice(begin, begin + CHUNK)
             here = wanted[(wanted >= begin) & (wanted < begin + CHUNK)] - begin
-            parts.append(run(tokens[chunk], positions[chunk], sequence_of[chunk], cache, here))
-        np.add.at(cache.lengths, sequence_of, 1)
+            parts.append(compute(tokens[chunk], positions[chunk], sequence_of[chunk], cache, here))
+        for run, s, _ in runs:
+            cache.lengths[s] += run.stop - run.start
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def logits(self, ids: ArrayLike) -> Iterator[Floats]:
-        """Yield the logits of every token of one text, [n, vocab_size] for up to CHUNK tokens at a time."""
+        """Yield the logits of every token of one text, [n, vocab_size] for up to SHOWN tokens at a time."""
         tokens = np.atleast_1d(np.asarray(ids, np.int64))
         cache = KVCache(self.config)
-        for begin in range(0, len(tokens), CHUNK):
-            chunk = tokens[begin : begin + CHUNK]
+        for begin in range(0, len(tokens), SHOWN):
+            chunk = tokens[begin : begin + SHOWN]
             yield self.forward(chunk, cache, keep=np.arange(len(chunk)))
 
-    def _checked(self, ids: ArrayLike, cache: KVCache, sequences: ArrayLike | None) -> tuple[Ids, Ids]:
-        tokens = np.atleast_1d(np.asarray(ids, np.int64))
-        of = np.zeros(len(tokens), np.int64) if sequences is None else np.asarray(sequences, np.int64)
-        if tokens.ndim != 1 or not len(tokens) or of.shape != tokens.shape:
-            raise OptionError("forward needs at least one id, in one dimension, and one sequence per id")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
-            raise OptionError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
-        if of.min() < 0 or of.max() >= cache.n_sequences:
-            raise OptionError(f"the cache has the sequences 0..{cache.n_sequences - 1}, not {of.max()}")
-        return tokens, of
-
-    def _positions(self, sequence_of: Ids, cache: KVCache) -> Ids:
-        positions = np.empty(len(sequence_of), np.int64)
-        seen: set[int] = set()
-        for tokens, s, _ in layers.sequences(sequence_of, positions):
-            if s in seen:
-                raise OptionError(f"the tokens of sequence {s} must stand next to each other")
-            seen.add(s)
-            first, n = int(cache.lengths[s]), tokens.stop - tokens.start
-            if first + n > self.config.n_positions:
-                raise ContextError(
-                    f"{first + n} tokens are more than the model's {self.config.n_positions} positions; shorten it"
-                )
-            positions[tokens] = np.arange(first, first + n)
-        return positions
+    def _runs(self, n_tokens: int, sequence_of: Ids | None, cache: KVCache) -> list[layers.Run]:
+        """Cut the tokens where another sequence begins, and check that each sequence has room for its run."""
+        if sequence_of is None:
+            runs = [(slice(0, n_tokens), 0, int(cache.lengths[0]))]
+        elif sequence_of.shape != (n_tokens,):
+            raise OptionError(f"forward needs one sequence per id, {n_tokens}, not {sequence_of.shape}")
+        elif sequence_of.min() < 0 or sequence_of.max() >= cache.n_sequences:
+            raise OptionError(f"the cache has the sequences 0..{cache.n_sequences - 1}, not {sequence_of.tolist()}")
+        else:
+            runs = layers.runs(sequence_of, cache.lengths[sequence_of])
+            if len({s for _, s, _ in runs}) < len(runs):
+                raise OptionError("the tokens of one sequence must stand next to each other")
+        n_positions = self.config.n_positions
+        if (longest := max(first + run.stop - run.start for run, _, first in runs)) > n_positions:
+            raise ContextError(f"{longest} tokens are more than the model's {n_positions} positions; shorten it")
+        return runs
 
     def _run_numpy(self, ids: Ids, positions: Ids, sequence_of: Ids, cache: KVCache, keep: Ids) -> Floats:
-        batch = layers.sequences(sequence_of, positions)
+        batch = layers.runs(sequence_of, positions)
         x = layers.embed(self.weights, ids, positions)  # [n_tokens, n_embd]
         for i in range(self.config.n_layer):
             x = layers.block(self.weights, self.config, i, x, cache.k[i], cache.v[i], batch)

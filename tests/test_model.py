@@ -19,9 +19,10 @@ def gpt2(request):
 
 
 def close(a, b, gpt2):
-    """Rounded activations may differ by one of 2047 steps where two orders of summation differ in the last bit."""
+    """Compare logits; integer kernels round activations, to 8 bits in prompts where the CPU gains by it."""
     rounded = gpt2.weights["h.0.mlp.c_fc.weight"].encoding.activation == "i16"
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-2 if rounded else 1e-3)
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.6 if rounded else 1e-3)
+    assert not rounded or np.corrcoef(np.ravel(a), np.ravel(b))[0, 1] > 0.995
 
 
 def full(gpt2, ids=IDS):
@@ -45,6 +46,7 @@ def test_a_prompt_in_pieces_equals_the_whole(gpt2):
 def test_chunks_do_not_show(gpt2, monkeypatch):
     whole = full(gpt2)
     monkeypatch.setattr(m, "CHUNK", 7)
+    monkeypatch.setattr(m, "SHOWN", 16)
     close(full(gpt2), whole, gpt2)
     kept = gpt2.forward(IDS, KVCache(gpt2.config), keep=[0, 6, 7, 39])
     close(kept, whole[[0, 6, 7, 39]], gpt2)

@@ -31,7 +31,7 @@ def arrays(*values):
 
 def reference_logits(checkpoint, ids, positions, sequences, cache, keep):
     """Do what `Program.run` does, in NumPy."""
-    batch = layers.sequences(sequences, positions)
+    batch = layers.runs(sequences, positions)
     x = layers.embed(checkpoint.weights, ids, positions)
     for i in range(checkpoint.config.n_layer):
         x = layers.block(checkpoint.weights, checkpoint.config, i, x, cache.k[i], cache.v[i], batch)

@@ -117,7 +117,8 @@ class Weight:
         Raises
         ------
         EncodingError
-            If a part is missing, superfluous, has another dtype or shape than the encoding states, or fails its check.
+            If a part is missing, superfluous, not contiguous, has another dtype or shape than the encoding states,
+            or fails its check.
         """
         shapes = self.encoding.part_shapes(self.shape)
         if list(self.parts) != list(shapes):
@@ -133,6 +134,8 @@ class Weight:
                     f"part {part!r} of a {self.encoding.name} matrix {self.shape} must be {dtype} "
                     f"{wanted}, not {array.dtype} {array.shape}"
                 )
+            if not array.flags.c_contiguous:
+                raise EncodingError(f"part {part!r} of a {self.encoding.name} matrix must be C-contiguous; copy it")
         self.encoding.check(self.parts, self.shape)
 
     @property
