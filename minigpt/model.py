@@ -72,7 +72,7 @@ class GPT2:
         ContextError
             If a sequence would become longer than `n_positions`; the cache is left as it was.
         """
-        tokens = np.atleast_1d(np.asarray(ids, np.int64))
+        tokens = np.asarray(ids, np.int64)
         if tokens.ndim != 1 or not len(tokens):
             raise OptionError("forward needs at least one id, in one dimension")
         if int(tokens.view(np.uint64).max()) >= self.config.vocab_size:  # one pass: a negative id is huge
@@ -80,17 +80,18 @@ class GPT2:
             raise OptionError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
         sequence_of = np.zeros(len(tokens), np.int64) if sequences is None else np.asarray(sequences, np.int64)
         runs = self._runs(len(tokens), None if sequences is None else sequence_of, cache)
-        positions = np.concatenate([np.arange(first, first + run.stop - run.start) for run, _, first in runs])
-        wanted = np.array([run.stop - 1 for run, *_ in runs]) if keep is None else np.asarray(keep, np.int64)
+        spans = [np.arange(first, first + run.stop - run.start) for run, _, first in runs]
+        positions = np.concatenate(spans) if len(spans) > 1 else spans[0]
+        wanted = np.asarray([run.stop - 1 for run, *_ in runs] if keep is None else keep, np.int64)
         compute = self._run_numpy if self._program is None else self._program.run
         parts = []
         for begin in range(0, len(tokens), CHUNK):
             chunk = slice(begin, begin + CHUNK)
-            here = wanted[(wanted >= begin) & (wanted < begin + CHUNK)] - begin
+            here = wanted[(wanted >= begin) & (wanted < begin + CHUNK)] - begin if len(tokens) > CHUNK else wanted
             parts.append(compute(tokens[chunk], positions[chunk], sequence_of[chunk], cache, here))
         for run, s, _ in runs:
             cache.lengths[s] += run.stop - run.start
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def logits(self, ids: ArrayLike) -> Iterator[Floats]:
         """Yield the logits of every token of one text, [n, vocab_size] for up to SHOWN tokens at a time."""

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-ACTIVATION_LEVELS = 2047  # 12-bit activations: 127 * 2047 * n_in fits an int32 sum up to n_in = 8192
 TILE_WEIGHTS = 1 << 18  # decode this many weights at a time: 1 MiB of float32 stays in the L2 cache
 
 
@@ -95,17 +94,22 @@ def attention(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
     return softmax(scores) @ v
 
 
+def activation_levels(n_in: int) -> int:
+    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum."""
+    return min(2**15 - 1, (2**31 - 1) // (127 * n_in))
+
+
 def quantize_activations(x: Floats) -> tuple[NDArray[np.int16], Floats]:
-    """Round each row to 12-bit integers with one scale, as the integer kernels do.
+    """Round each row to integers with one scale, as the integer kernels do.
 
     Returns
     -------
     codes : ndarray of shape (n_tokens, n_in), dtype=int16
-        -2047..2047.
+        Within plus or minus `activation_levels(n_in)`: 14.5 bits for 768 inputs, 12.5 for 3072.
     scales : ndarray of shape (n_tokens,), dtype=float32
         x is about codes * scales.
     """
-    scales = np.maximum(np.abs(x).max(axis=-1), np.float32(1e-9)) / np.float32(ACTIVATION_LEVELS)
+    scales = np.maximum(np.abs(x).max(axis=-1), np.float32(1e-9)) / np.float32(activation_levels(x.shape[-1]))
     return np.rint(x / scales[..., None]).astype(np.int16), scales
 
 

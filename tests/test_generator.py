@@ -29,6 +29,7 @@ class FakeGPT2(GPT2):
         self.config = Config(vocab_size, n_positions, 1, 1, 1, (1,), (1,), (1.0,))
         self.table = table or self.drawn
         self.n_evaluated = 0
+        self._program = self
 
     def drawn(self, text):
         return np.random.default_rng(text).standard_normal(self.config.vocab_size) * 2
@@ -36,21 +37,15 @@ class FakeGPT2(GPT2):
     def logits_of(self, text):
         return np.asarray(self.table(tuple(text)), np.float32)
 
-    def _run(self, ids, positions, sequence_of, cache, keep):
-        raise NotImplementedError
-
-    def forward(self, ids, cache, sequences=None, keep=None):
-        tokens, sequence_of = self._checked(ids, cache, sequences)
-        positions = self._positions(sequence_of, cache)
-        ends = np.flatnonzero(np.append(np.diff(sequence_of) != 0, True))
+    def run(self, ids, positions, sequences, cache, keep):
+        """Stand in for `Program.run`."""
         rows = []
-        for i, (id, position, s) in enumerate(zip(tokens, positions, sequence_of, strict=True)):
+        for i, (id, position, s) in enumerate(zip(ids, positions, sequences, strict=True)):
             cache.k[0][s, 0, position, 0] = id
-            if i in (ends if keep is None else keep):
+            if i in keep:
                 rows.append(self.logits_of(cache.k[0][s, 0, : position + 1, 0].astype(int).tolist()))
-        np.add.at(cache.lengths, sequence_of, 1)
-        self.n_evaluated += len(tokens)
-        return np.array(rows, np.float32)
+        self.n_evaluated += len(ids)
+        return np.array(rows, np.float32).reshape(len(rows), -1)
 
 
 def greedy_ids(model, prompt, n):
