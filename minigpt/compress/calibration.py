@@ -30,8 +30,8 @@ Ids = NDArray[np.int64]
 Weights = Mapping[str, Weight]
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block, in running order
-BLOCK_TOKENS = 2048  # through a block at once: bounds the intermediates
-HEAD_TOKENS = 128  # through the head at once: 25 MB of logits at a vocabulary of 50,257
+BLOCK_TOKENS = 1024  # through a block at once: bounds the intermediates
+HEAD_TOKENS = 64  # through the head at once: 13 MB of logits at a vocabulary of 50,257
 
 
 @dataclass(frozen=True)

@@ -205,13 +205,13 @@ def rotate(checkpoint: Checkpoint, calibration: Calibration | None, n_embd: int,
     directions = np.linalg.eigh(covariance - ones)[1][:, ::-1][:, : n_embd - 1]  # [old, n_embd - 1]
     angles = np.pi / n_embd * np.outer(np.arange(n_embd) + 0.5, np.arange(1, n_embd))
     even = np.sqrt(2 / n_embd) * np.cos(angles)  # [n_embd, n_embd - 1], orthonormal and orthogonal to ones
-    basis = directions @ even.T  # [old, n_embd]
-    scale = np.sqrt(n_embd / old)
+    basis = (directions @ even.T).astype(np.float32)  # [old, n_embd]
+    scale = np.float32(np.sqrt(n_embd / old))
 
     shares = np.zeros(places)  # of LayerNorm's length, in the kept directions
     for place, x in enumerate(normalized(checkpoint, windows)):
         shares[place] = np.linalg.norm(x @ directions, axis=1).mean() / np.linalg.norm(x, axis=1).mean()
-    lost = means - means @ directions @ directions.T  # [places, old], a constant in the eyes of the readers
+    lost = (means - means @ directions @ directions.T).astype(np.float32)  # [places, old], constant to readers
 
     changes: dict[str, NDArray[np.floating] | Weight] = {}
     for table in ("wte.weight", "wpe.weight"):
