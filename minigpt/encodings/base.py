@@ -112,14 +112,15 @@ class Weight:
     parts: Parts
 
     def __post_init__(self) -> None:
-        """Check dtypes and shapes, so that a kernel may trust its pointers.
+        """Check dtypes and shapes and make the parts C-contiguous, so that a kernel may trust its pointers.
 
         Raises
         ------
         EncodingError
-            If a part is missing, superfluous, not contiguous, has another dtype or shape than the encoding states,
-            or fails its check.
+            If a part is missing, superfluous, has another dtype or shape than the encoding states, or fails its check.
         """
+        contiguous = {part: np.ascontiguousarray(array) for part, array in self.parts.items()}
+        object.__setattr__(self, "parts", contiguous)
         shapes = self.encoding.part_shapes(self.shape)
         if list(self.parts) != list(shapes):
             raise EncodingError(f"{self.encoding.name} needs the parts {list(shapes)}, not {list(self.parts)}")
@@ -134,8 +135,6 @@ class Weight:
                     f"part {part!r} of a {self.encoding.name} matrix {self.shape} must be {dtype} "
                     f"{wanted}, not {array.dtype} {array.shape}"
                 )
-            if not array.flags.c_contiguous:
-                raise EncodingError(f"part {part!r} of a {self.encoding.name} matrix must be C-contiguous; copy it")
         self.encoding.check(self.parts, self.shape)
 
     @property
