@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from minigpt.compress.calibration import Calibration
 from minigpt.compress.prune import CRITERIA, Pattern, Rule, allocate, lowest
 from minigpt.compress.step import STEPS
 from minigpt.compress.sweep import damp, sweep
+from minigpt.compress.walk import Seen, by_linear
 from minigpt.encodings import ENCODINGS
 from minigpt.errors import OptionError
 
@@ -22,12 +22,26 @@ PATTERNS = ["unstructured", "2:4", "4:8", "1x32"]
 MATRIX = "h.0.mlp.c_fc.weight"
 
 
-def inputs(gram):
-    return SimpleNamespace(gram=gram, square=np.diagonal(gram))
+class Inputs(Seen):
+    """Inputs of a given gram that are the same in both models."""
+
+    def __init__(self, gram):
+        self.given = gram
+
+    gram = covariance = property(lambda self: self.given)
+    square = property(lambda self: np.diagonal(self.given))
+
+    def target(self, w):
+        return w
 
 
 def zeros(w):
     return float((w == 0).mean())
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return Calibration(TEXT, n_tokens=512, n_held_out=128, window=32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +51,7 @@ def zeros(w):
 
 def test_criteria_by_their_definitions():
     w, gram = problem(3, 10)
-    seen = inputs(gram)
+    seen = Inputs(gram)
     inverse = np.linalg.inv(damp(gram))
     for o, i in np.ndindex(w.shape):
         assert CRITERIA["magnitude"](w, seen)[o, i] == abs(w[o, i])
@@ -146,8 +160,8 @@ def test_sparsegpt_is_about_as_good_as_the_greedy_order_and_better_than_a_mask(s
             row[left] -= row[left[k]] / inverse[k, k] * inverse[k]
             row[left.pop(k)] = 0
     rule = Rule("sparsegpt", Pattern(), update=True)
-    swept, _ = rule.apply("", w, inputs(gram), 0.5)
-    masked, _ = Rule("wanda", Pattern(), by_row=True).apply("", w, inputs(gram), 0.5)
+    swept, _ = rule.apply("", w, Inputs(gram), 0.5)
+    masked, _ = Rule("wanda", Pattern(), by_row=True).apply("", w, Inputs(gram), 0.5)
     assert error(w, swept, gram) < 3 * error(w, exact, gram)
     assert error(w, swept, gram) < error(w, masked, gram)
 
@@ -158,7 +172,7 @@ def test_sparsegpt_is_about_as_good_as_the_greedy_order_and_better_than_a_mask(s
 def test_every_criterion_in_every_pattern(criterion, pattern, update):
     w, gram = problem(16, 256, n=800)
     rule = Rule(criterion, Pattern.parse(pattern), update=update)
-    result, _ = rule.apply(MATRIX, w, inputs(gram), 0.5)
+    result, _ = rule.apply(MATRIX, w, Inputs(gram), 0.5)
     assert zeros(result) == pytest.approx(0.5, abs=0.01)
     groups = result.reshape(16, -1, {"2:4": 4, "4:8": 8}.get(pattern, 32)) != 0
     if ":" in pattern:
@@ -171,7 +185,7 @@ def test_making_up_for_the_loss_lowers_the_error():
     w, gram = problem(16, 256, n=800)
     for criterion in CRITERIA:
         plain, updated = (
-            Rule(criterion, Pattern(), update=u).apply("", w, inputs(gram), 0.5)[0] for u in (False, True)
+            Rule(criterion, Pattern(), update=u).apply("", w, Inputs(gram), 0.5)[0] for u in (False, True)
         )
         assert error(w, updated, gram) < 0.8 * error(w, plain, gram)
 
@@ -180,7 +194,7 @@ def test_making_up_for_the_loss_lowers_the_error():
 def test_zeros_stay_zeros_and_count(criterion):
     w, gram = problem(16, 256, n=800)
     w[:, ::4] = 0
-    result, _ = Rule(criterion, Pattern(), update=criterion == "sparsegpt").apply("", w, inputs(gram), 0.5)
+    result, _ = Rule(criterion, Pattern(), update=criterion == "sparsegpt").apply("", w, Inputs(gram), 0.5)
     assert (result[:, ::4] == 0).all()
     assert zeros(result) == pytest.approx(0.5, abs=0.02)
 
@@ -199,9 +213,9 @@ def test_zeros_stay_zeros_and_count(criterion):
 def test_rounding_on_the_way_is_no_worse_than_afterwards(pattern, encoding):
     w, gram = problem(32, 256, n=1000)
     at_once, _ = Rule("sparsegpt", Pattern.parse(pattern), update=True, encoding=encoding).apply(
-        "", w, inputs(gram), 0.5
+        "", w, Inputs(gram), 0.5
     )
-    swept, _ = Rule("sparsegpt", Pattern.parse(pattern), update=True).apply("", w, inputs(gram), 0.5)
+    swept, _ = Rule("sparsegpt", Pattern.parse(pattern), update=True).apply("", w, Inputs(gram), 0.5)
     afterwards, _ = prune.rounded(swept, None, encoding)
     assert at_once.encoding.name == encoding
     assert zeros(at_once.decode()) >= 0.49
@@ -209,13 +223,73 @@ def test_rounding_on_the_way_is_no_worse_than_afterwards(pattern, encoding):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whole models
+# Two models side by side
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def calibration():
-    return Calibration(TEXT, n_tokens=512, n_held_out=128, window=32)
+def seen(w, bias, gap=0.0, n=400):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(n, w.shape[1])) @ rng.normal(size=(w.shape[1], w.shape[1])) + 3
+    noise = gap * rng.normal(size=x.shape)
+    found = Seen(w.shape)
+    for half in np.split(np.arange(n), 4):
+        found.add((x + noise)[half].astype(np.float32), (x @ w.T + bias)[half].astype(np.float32))
+    return found, x + noise, x @ w.T + bias
+
+
+def test_seen_sums():
+    w, bias = problem(4, 9)[0], np.arange(4)
+    found, x, _ = seen(w, bias)
+    np.testing.assert_allclose(found.gram, x.T @ x / len(x), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(found.square, (x * x).mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found.covariance, np.cov(x.T, bias=True), atol=1e-2)
+    np.testing.assert_allclose(found.target(w), w, atol=1e-3)
+    np.testing.assert_allclose(found.bias(w), bias, atol=1e-2)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_target_makes_up_for_other_inputs(pruned):
+    w, bias = problem(4, 9)[0], np.arange(4)
+    if pruned:
+        w[:, ::3] = 0
+    found, x, y = seen(w, bias, gap=1.0)
+    target = found.target(w)
+
+    def loss(w):
+        return np.square(x @ w.T + found.bias(w) - y).sum()
+
+    assert (target[w == 0] == 0).all()
+    assert loss(target) < 0.98 * loss(w)
+
+
+def test_a_walk_without_changes_sees_the_same_in_both_models(checkpoint, calibration):
+    names = []
+
+    def change(name, weights, found):
+        w, bias = weights[f"{name}.weight"].decode(), weights[f"{name}.bias"].decode()
+        names.append(name)
+        np.testing.assert_allclose(found.bias(w), bias, atol=1e-3)
+        np.testing.assert_allclose(found.target(w), w, atol=1e-2)
+        return {}
+
+    assert by_linear(checkpoint, calibration, change).weights == checkpoint.weights
+    assert names == [f"h.{i}.{m}" for i in (0, 1) for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+
+
+def test_a_walk_sees_what_earlier_changes_did(checkpoint, calibration):
+    def halve(name, weights, found):
+        if name == "h.0.attn.c_proj":
+            return {f"{name}.weight": 0.5 * weights[f"{name}.weight"].decode()}
+        if name == "h.0.mlp.c_fc":
+            assert np.abs(found.target(w := weights[f"{name}.weight"].decode()) - w).max() > 0.01
+        return {}
+
+    by_linear(checkpoint, calibration, halve)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

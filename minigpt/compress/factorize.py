@@ -15,6 +15,7 @@ from minigpt.checkpoint import Checkpoint
 from minigpt.compress.calibration import LINEARS, Calibration, Statistics, Weights, by_layer, collect, required
 from minigpt.compress.step import choice, noted, number, step, switch, text, updated, whole
 from minigpt.compress.sweep import damp
+from minigpt.compress.walk import Seen, by_linear
 from minigpt.encodings import Weight, encode
 from minigpt.encodings.codebook import Codebook, Codebook4, Codebook8
 from minigpt.errors import OptionError
@@ -90,22 +91,24 @@ def lowrank(
     """
     ranks: dict[str, int] = {}
 
-    def change(i: int, weights: Weights, statistics: Mapping[str, Statistics]) -> dict[str, Floats | Weight]:
-        changes: dict[str, Floats | Weight] = {}
-        for name in matching(checkpoint, i, only):
-            w = weights[f"{name}.weight"].decode()
-            if rank := int(share * w.size / sum(w.shape)):
-                a, b = low_rank(w, rank, statistics[name].gram if whiten else None)
-                changes[f"{name}.weight"] = encode(a @ b, "lowrank")
-                ranks[name] = rank
-        return changes
+    names = [name for i in range(checkpoint.config.n_layer) for name in matching(checkpoint, i, only)]
+
+    def change(name: str, weights: Weights, seen: Seen | None) -> dict[str, Floats | Weight]:
+        w = weights[f"{name}.weight"].decode()
+        rank = int(share * w.size / sum(w.shape))
+        if name not in names or not rank:
+            return {}
+        ranks[name] = rank
+        a, b = low_rank(seen.target(w), rank, seen.covariance) if seen else low_rank(w, rank)
+        weight = encode(a @ b, "lowrank")
+        return {f"{name}.weight": weight} | ({f"{name}.bias": seen.bias(weight.decode())} if seen else {})
 
     if whiten:
-        result = by_layer(checkpoint, required(calibration, "whitened low rank"), change)
+        result = by_linear(checkpoint, required(calibration, "whitened low rank"), change)
     else:
         result = checkpoint
-        for i in range(checkpoint.config.n_layer):
-            result = updated(result, change(i, result.weights, {}))
+        for name in names:
+            result = updated(result, change(name, result.weights, None))
     return noted(result, ranks=ranks)
 
 

@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress.calibration import LINEARS, Calibration, Judge, Statistics, Weights, by_layer, collect, required
-from minigpt.compress.quantize import compact, rounded
+from minigpt.compress.calibration import LINEARS, Calibration, Judge, Statistics, Weights, collect, required
+from minigpt.compress.heal import masked_solve
+from minigpt.compress.quantize import compact, dense, rounded
 from minigpt.compress.step import choice, noted, number, step, switch, text, updated
-from minigpt.compress.sweep import BLOCK, Choice, inverse_factor, sweep
+from minigpt.compress.sweep import BLOCK, Choice, damp, inverse_factor, sweep
+from minigpt.compress.walk import Seen, by_linear
 from minigpt.encodings import ENCODINGS, OnGrid, Weight
 from minigpt.errors import OptionError
 
@@ -172,6 +174,16 @@ class Pattern:
         return Choice(self.m or BLOCK, lambda scores: self.keep(scores, sparsity))
 
 
+def polish(w: Floats, pruned: Floats, covariance: Floats, kept: Mask) -> Floats:
+    """Return the best values of the weights that are kept: those whose products are nearest to those of w.
+
+    A sweep lets every column make up for the columns before it only. From there, conjugate gradients (as in ALPS, Meng
+    et al. 2024) find the least-squares solution inside the mask.
+    """
+    h = damp(covariance)
+    return np.asarray(pruned + masked_solve(h, (w - pruned) @ h, kept), np.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One matrix
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,14 +203,17 @@ class Rule:
     update : bool
         Whether the remaining weights make up for the loss, by a sweep; with the criterion "sparsegpt" the sweep
         also decides what to remove as it goes.
+    polish : bool
+        Whether the remaining weights are then brought to their best values, see `polish`.
     encoding : str or None
-        Round at once to this encoding, the sweep making up for that too; None: leave float32.
+        Round at once to this encoding, by a second sweep; None: leave float32.
     """
 
     criterion: str
     pattern: Pattern
     by_row: bool = False
     update: bool = False
+    polish: bool = True
     encoding: str | None = None
 
     def scores(self, name: str, w: Floats, inputs: Inputs | None) -> Floats:
@@ -224,22 +239,18 @@ class Rule:
         if not self.update:
             result = np.where(self.pattern.keep(self.scores(name, w, inputs), sparsity, self.by_row), w, 0)
             return rounded(result, None, self.encoding) if self.encoding else (result, "")
-        assert inputs is not None
+        assert isinstance(inputs, Seen)
         on_the_way = self.criterion == "sparsegpt"
         kept = w != 0
         if not on_the_way:
             kept &= self.pattern.keep(self.scores(name, w, inputs), sparsity, self.by_row)
-        swept = sweep(
-            w,
-            inputs.gram,
-            kept=kept,
-            choice=self.pattern.choice(sparsity) if on_the_way else None,
-            encoding=on_grid,
-            symmetric=True,
-        )
+        covariance, w = inputs.covariance, inputs.target(w)
+        swept = sweep(w, covariance, kept=kept, choice=self.pattern.choice(sparsity) if on_the_way else None)
+        result = polish(w, swept.w, covariance, swept.kept) if self.polish else swept.w
         if on_grid is not None:
-            return compact(swept.encoded(on_grid), str(self.encoding))
-        return rounded(swept.w, None, self.encoding) if self.encoding else (swept.w, "")
+            again = sweep(result, covariance, kept=swept.kept, encoding=on_grid, symmetric=True)
+            return compact(again.encoded(on_grid), str(self.encoding))
+        return rounded(result, None, self.encoding) if self.encoding else (result, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,6 +337,7 @@ def uneven(
     pattern=text("unstructured, 2:4, 4:8 or 1x32"),
     scope=choice(("row", "matrix", "model", "sensitivity")),
     update=switch(),
+    polish=switch(),
     encoding=choice((*ENCODINGS, "sparse")),
     only=text("a pattern of tensor names such as h.*.mlp.*"),
 )
@@ -338,6 +350,7 @@ def prune(
     pattern: str = "unstructured",
     scope: str | None = None,
     update: bool | None = None,
+    polish: bool = True,
     encoding: str | None = None,
     only: str = "*",
 ) -> Checkpoint:
@@ -359,27 +372,26 @@ def prune(
         raise OptionError(f"no matrix of a block has a name like {only!r}; names are such as h.0.mlp.c_fc.weight")
     by_row = scope == "row" or (scope is None and criterion == "wanda")
     update = criterion == "sparsegpt" if update is None else update
-    rule = Rule(criterion, where, by_row, update, encoding)
+    rule = Rule(criterion, where, by_row, update, polish, encoding)
     shares = dict.fromkeys(names, sparsity)
     if scope in ("model", "sensitivity"):
         shares = uneven(checkpoint, calibration, rule, names, sparsity, scope == "sensitivity")
     chosen: dict[str, str] = {}
 
-    def change(i: int, weights: Weights, statistics: Mapping[str, Statistics]) -> dict[str, Floats | Weight]:
-        changes: dict[str, Floats | Weight] = {}
-        for name in [name for name in names if name.startswith(f"h.{i}.")]:
-            inputs = statistics.get(name.removesuffix(".weight"))
-            changes[name], why = rule.apply(name, weights[name].decode(), inputs, shares[name])
-            chosen.update({name: why} if why else {})
-        return changes
+    def change(linear: str, weights: Weights, inputs: Seen | None) -> dict[str, Floats | Weight]:
+        if (name := f"{linear}.weight") not in shares:
+            return {}
+        changed, why = rule.apply(name, weights[name].decode(), inputs, shares[name])
+        chosen.update({name: why} if why else {})
+        return {name: changed} | ({f"{linear}.bias": inputs.bias(dense(changed))} if update and inputs else {})
 
     if update or criterion in ("wanda", "sparsegpt"):
         grams = update or criterion == "sparsegpt"
-        result = by_layer(checkpoint, required(calibration, f"the criterion {criterion}"), change, grams)
+        result = by_linear(checkpoint, required(calibration, f"the criterion {criterion}"), change, grams)
     else:
         result = checkpoint
-        for i in range(checkpoint.config.n_layer):
-            result = updated(result, change(i, result.weights, {}))
+        for name in names:
+            result = updated(result, change(name.removesuffix(".weight"), result.weights, None))
     zeros = {name: float((result.weights[name].decode() == 0).mean()) for name in names}
     facts = {"sparsities": {n: round(z, 4) for n, z in zeros.items()}} if len(set(shares.values())) > 1 else {}
     total = sum(zeros[n] * checkpoint.weights[n].shape[0] * checkpoint.weights[n].shape[1] for n in names)

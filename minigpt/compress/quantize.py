@@ -7,6 +7,7 @@ take arrays. Which zeros there are is none of this module's business (`prune.py`
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 
 from minigpt.checkpoint import POSITIONS, TABLES, Checkpoint
 from minigpt.compress.calibration import (
-    LINEARS,
     Calibration,
     Judge,
     Statistics,
@@ -27,22 +27,17 @@ from minigpt.compress.calibration import (
 )
 from minigpt.compress.step import choice, noted, number, step, switch, text, updated
 from minigpt.compress.sweep import sweep
+from minigpt.compress.walk import Seen, by_linear, is_pruned
 from minigpt.encodings import ENCODINGS, Encoding, Grid, OnGrid, Weight, encode
 from minigpt.errors import OptionError
 
 Floats = NDArray[np.float32]
 
-SPARSE = 1 / 16  # share of zeros from which a matrix counts as pruned: dense ones have next to none
 LOSSLESS = ("bitmap_int8", "nm_int8", "block_int8")  # other ways of storing the codes of int8
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rounding: (w [n_out, n_in], gram [n_in, n_in], encoding, symmetric) -> Weight
+# Rounding: (w [n_out, n_in], gram or covariance of the inputs [n_in, n_in], encoding, symmetric) -> Weight
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def is_pruned(w: Floats) -> bool:
-    """Return whether the zeros of a matrix are there on purpose."""
-    return bool((w == 0).mean() > SPARSE)
 
 
 def store(w: Floats, grid: Grid, encoding: OnGrid) -> Weight:
@@ -201,6 +196,11 @@ def rounded(
     return compact(weight, encoding)
 
 
+def dense(w: Floats | Weight) -> Floats:
+    """Return a matrix in float32, however it is given."""
+    return w.decode() if isinstance(w, Weight) else w
+
+
 def compact(weight: Weight, encoding: str) -> tuple[Weight, str]:
     """Return a weight in the form that was asked for, or plainly if that is smaller, and the bytes in words."""
     if encoding == "sparse":
@@ -243,58 +243,58 @@ def requantize(
     folding: str = "none",
     symmetric: bool | None = None,
 ) -> Checkpoint:
-    """Store tensors in the encodings that are given by name, block by block."""
+    """Store tensors in the encodings that are given by name."""
+    if folding != "none":
+        checkpoint = folded(checkpoint, required(calibration, folding), encodings, folding, bool(symmetric))
     choices: dict[str, str] = {}
-    done: dict[int, Weight] = {}  # by the identity of what was stored before: layers that share a matrix go on to
+    done: dict[int, Weight] = {}  # by the identity of what was stored before: shared matrices stay shared
 
-    def stored(name: str, old: Weight, w: Floats | None = None, gram: Floats | None = None) -> Weight:
-        if id(old) not in done or w is not None:
-            w = old.decode() if w is None else w
-            done[id(old)], why = rounded(w, gram, encodings[name], method if gram is not None else "rtn", symmetric)
+    def stored(name: str, old: Weight, seen: Seen | None = None) -> Weight:
+        if id(old) not in done:
+            w = old.decode()
+            if seen is None or not isinstance(ENCODINGS.get(encodings[name]), OnGrid):
+                done[id(old)], why = rounded(w, None, encodings[name], "hqq" if method == "hqq" else "rtn", symmetric)
+            else:
+                done[id(old)], why = rounded(seen.target(w), seen.covariance, encodings[name], method, symmetric)
             choices.update({name: why} if why else {})
         return done[id(old)]
 
+    def change(linear: str, weights: Weights, seen: Seen) -> dict[str, Floats | Weight]:
+        if (name := f"{linear}.weight") not in encodings:
+            return {}
+        weight = stored(name, weights[name], seen)
+        return {name: weight, f"{linear}.bias": seen.bias(weight.decode())}
+
+    rest = list(encodings)
+    if _needs_gram(method):
+        checkpoint = by_linear(checkpoint, required(calibration, method), change)
+        rest = [name for name in rest if not name.startswith("h.")]
+    checkpoint = updated(checkpoint, {name: stored(name, checkpoint.weights[name]) for name in rest})
+    counts = Counter(checkpoint.weights[name].encoding.name for name in encodings)
+    return noted(checkpoint, stored=dict(counts), **({"chosen": choices} if choices else {}))
+
+
+def folded(
+    checkpoint: Checkpoint, calibration: Calibration, encodings: Mapping[str, str], folding: str, symmetric: bool
+) -> Checkpoint:
+    """Return the same model with the inputs of matrices scaled that are going to be stored on a grid."""
+
     def change(i: int, weights: Weights, statistics: Mapping[str, Statistics]) -> dict[str, Floats | Weight]:
-        grams = {n.removeprefix(f"h.{i}."): s.gram for n, s in statistics.items()}
+        tensors = {n: w.decode() for n, w in weights.items() if n.startswith(f"h.{i}.")}
         changes: dict[str, Floats | Weight] = {}
-        if folding != "none":
-            tensors = {n: w.decode() for n, w in weights.items() if n.startswith(f"h.{i}.")}
-            for linear in FOLDED:
-                name = f"h.{i}.{linear}.weight"
-                if isinstance(kind := ENCODINGS.get(encodings.get(name, "")), OnGrid):
-                    s = FOLDS[folding](
-                        tensors[name],
-                        grams[linear],
-                        statistics[f"h.{i}.{linear}"].absmax,
-                        kind,
-                        bool(symmetric),
-                    )
-                    changed = fold(tensors, i, linear, s)
-                    grams[linear] /= np.outer(s, s)
-                    tensors |= changed
-                    changes |= changed
-        for linear in LINEARS:
-            name = f"h.{i}.{linear}.weight"
-            if name in encodings:
-                w = changes.get(name)
-                assert not isinstance(w, Weight)
-                changes[name] = stored(name, weights[name], w, grams.get(linear) if _needs_gram(method) else None)
-            elif name in changes:  # rows were scaled for another matrix's sake
-                changes[name] = encode(np.asarray(changes[name]), weights[name].encoding.name)
+        for linear in FOLDED:
+            name, seen = f"h.{i}.{linear}.weight", statistics[f"h.{i}.{linear}"]
+            if isinstance(kind := ENCODINGS.get(encodings.get(name, "")), OnGrid):
+                changed = fold(
+                    tensors, i, linear, FOLDS[folding](tensors[name], seen.gram, seen.absmax, kind, symmetric)
+                )
+                tensors |= changed
+                changes |= {
+                    n: encode(w, weights[n].encoding.name) if n not in encodings else w for n, w in changed.items()
+                }
         return changes
 
-    if _needs_gram(method) or folding != "none":
-        checkpoint = by_layer(checkpoint, required(calibration, f"{method} with fold {folding}"), change)
-    else:
-        for i in range(checkpoint.config.n_layer):
-            checkpoint = updated(checkpoint, change(i, checkpoint.weights, {}))
-    others = [name for name in encodings if not name.startswith("h.")]
-    weights = checkpoint.weights
-    checkpoint = updated(checkpoint, {name: stored(name, weights[name]) for name in others})
-    counts: dict[str, int] = {}
-    for name in encodings:
-        counts[checkpoint.weights[name].encoding.name] = counts.get(checkpoint.weights[name].encoding.name, 0) + 1
-    return noted(checkpoint, stored=counts, **({"chosen": choices} if choices else {}))
+    return by_layer(checkpoint, calibration, change)
 
 
 def _needs_gram(method: str) -> bool:

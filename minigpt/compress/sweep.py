@@ -98,7 +98,7 @@ def sweep(
     ----------
     w : ndarray of shape (n_out, n_in), dtype=float32
     gram : ndarray of shape (n_in, n_in), dtype=float32
-        X^T X / n of the inputs.
+        X^T X / n of the inputs, or their covariance if the bias takes care of the mean.
     kept : ndarray of shape (n_out, n_in), dtype=bool, optional
         Weights that may be other than zero.
     choice : Choice, optional
@@ -117,10 +117,6 @@ def sweep(
     """
     n_out, n_in = w.shape
     width = (encoding.group if encoding else 0) or n_in
-    if encoding is not None and grid is None and width > BLOCK and (choice is not None or kept is not None):
-        # the weights that remain grow: see first how far, so that the grid reaches them
-        pruned = sweep(w, gram, kept=kept, choice=choice, damping=damping)
-        kept, choice, grid = pruned.kept, None, encoding.grid(pruned.w, symmetric)
     order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(n_in)
     back = np.argsort(order)
     u = inverse_factor(gram[np.ix_(order, order)], damping)
