@@ -72,8 +72,18 @@ def test_zeros_stay_and_the_rest_is_the_best_there_is():
         np.testing.assert_allclose(row[kept], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_error_is_that_of_the_map():
+    x, y = data()
+    w, b = RNG.normal(size=(4, 6)).astype(np.float32), RNG.normal(size=4).astype(np.float32)
+    expected = np.square(y - x @ w.T - b).sum(axis=1).mean() - np.square(y).sum(axis=1).mean()
+    assert regression(x, y).error(w, b) == pytest.approx(expected, rel=1e-4)
+    both = regression(x[:70], y[:70])
+    both.merge(regression(x[70:], y[70:]))
+    assert both.error(w, b) == pytest.approx(expected, rel=1e-4)
+
+
 def test_masked_solve_of_nothing():
-    assert not masked_solve(np.eye(3), np.ones((2, 3)), np.zeros((2, 3), np.bool_)).any()
+    assert not masked_solve(np.eye(3, dtype=np.float32), np.ones((2, 3), np.float32), np.zeros((2, 3), np.bool_)).any()
 
 
 # ---- refits --------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,10 @@ from minigpt.checkpoint import Checkpoint
 from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, tapped
 from minigpt.compress.step import Changes, Floats, updated
 
-RIDGE = 0.01  # pull towards the weights as they are, relative to the mean variance of an input
+RIDGES = (0.01, 0.1, 1.0)  # pulls towards the weights as they are, relative to the mean variance of an input
 SWEEPS = 30  # of conjugate gradients, at most
+TINY = np.float32(1e-30)
+F = TypeVar("F", np.float32, np.float64)
 WRITERS = ("attn.c_proj", "mlp.c_proj")  # with which the halves of a block write into the stream
 
 
@@ -37,18 +41,23 @@ class Regression:
 
     def __init__(self, n_in: int, n_out: int) -> None:
         self.n = 0
-        self._x, self._y = np.zeros(n_in), np.zeros(n_out)
+        self._x, self._y = np.zeros(n_in, np.float32), np.zeros(n_out, np.float32)
         self._xx, self._yx = np.zeros((n_in, n_in), np.float32), np.zeros((n_out, n_in), np.float32)
 
     def add(self, x: Floats, y: Floats) -> None:
         """Count inputs [n, n_in] and outputs [n, n_out]."""
-        self.n += len(x)
-        self._x += x.sum(axis=0, dtype=np.float64)
-        self._y += y.sum(axis=0, dtype=np.float64)
-        self._xx += x.T @ x
-        self._yx += y.T @ x
+        self._count(len(x), x.sum(axis=0), y.sum(axis=0), x.T @ x, y.T @ x)
 
-    def solve(self, w: Floats, ridge: float = RIDGE) -> tuple[Floats, Floats]:
+    def merge(self, other: Regression) -> None:
+        """Count all that another one has counted."""
+        self._count(other.n, other._x, other._y, other._xx, other._yx)
+
+    def _count(self, n: int, x: Floats, y: Floats, xx: Floats, yx: Floats) -> None:
+        self.n += n
+        for total, part in ((self._x, x), (self._y, y), (self._xx, xx), (self._yx, yx)):
+            total += part
+
+    def solve(self, w: Floats, ridge: float) -> tuple[Floats, Floats]:
         """Return the map of least error plus ridge * variance * |w' - w|^2; zeros of w stay zeros.
 
         Parameters
@@ -63,19 +72,25 @@ class Regression:
         w' : ndarray of shape (n_out, n_in), dtype=float32
         b' : ndarray of shape (n_out,), dtype=float32
         """
-        x, y = self._x / self.n, self._y / self.n
-        covariance = self._xx / self.n - np.outer(x, x)  # [n_in, n_in]
-        gradient = self._yx / self.n - np.outer(y, x) - w @ covariance  # [n_out, n_in]
-        covariance[np.diag_indices_from(covariance)] += max(ridge * np.trace(covariance) / len(x), 1e-12)
+        x, y = self._x / np.float32(self.n), self._y / np.float32(self.n)
+        covariance = self._xx / np.float32(self.n) - np.outer(x, x)  # [n_in, n_in]
+        gradient = self._yx / np.float32(self.n) - np.outer(y, x) - w @ covariance  # [n_out, n_in]
+        pull = max(ridge * float(np.trace(covariance)) / len(x), 1e-12)
+        covariance[np.diag_indices_from(covariance)] += np.float32(pull)
         if np.count_nonzero(w) > 0.99 * w.size:
             change = np.linalg.solve(covariance, gradient.T).T
         else:
             change = masked_solve(covariance, gradient, w != 0)
-        fitted = (w + change).astype(np.float32)
-        return fitted, (y - fitted @ x).astype(np.float32)
+        fitted = w + change
+        return fitted, y - fitted @ x
+
+    def error(self, w: Floats, b: Floats) -> float:
+        """Return the mean of |y - w x - b|^2 less that of |y|^2, which is the same for all maps."""
+        off = b @ (w @ self._x - self._y)
+        return float(np.einsum("oi,oi->", w, w @ self._xx - 2 * self._yx) + 2 * off) / self.n + float(b @ b)
 
 
-def masked_solve(a: NDArray[np.float64], b: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+def masked_solve(a: NDArray[F], b: NDArray[F], mask: NDArray[np.bool_]) -> NDArray[F]:
     """Solve x a = b for x [n_out, n_in] inside `mask`, zero outside, in the least-squares sense.
 
     Conjugate gradients per row, preconditioned by the diagonal (Shewchuk 1994); `a` [n_in, n_in] is
@@ -88,14 +103,14 @@ def masked_solve(a: NDArray[np.float64], b: NDArray[np.float64], mask: NDArray[n
     size = first = np.einsum("oi,oi->o", residual, direction)  # [n_out]
     for _ in range(SWEEPS):
         step = (direction @ a) * mask
-        length = size / np.maximum(np.einsum("oi,oi->o", direction, step), 1e-300)
+        length = size / np.maximum(np.einsum("oi,oi->o", direction, step), TINY)
         x += length[:, None] * direction
         residual -= length[:, None] * step
         conditioned = residual / diagonal
         previous, size = size, np.einsum("oi,oi->o", residual, conditioned)
         if (size <= 1e-12 * first).all():
             break
-        direction = conditioned + (size / np.maximum(previous, 1e-300))[:, None] * direction
+        direction = conditioned + (size / np.maximum(previous, TINY))[:, None] * direction
     return x
 
 
@@ -120,20 +135,25 @@ class Pair:
     layers: Sequence[int]
     windows: Ids
 
-    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[Floats, Floats]]:
+    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[Floats, Callable[[slice], Floats]]]:
         """Yield, before each half of the cut model and at the end, the stream that the reference has there.
 
         What a layer finds is to be what it found in the reference, the work of removed layers included.
-        Each comes with its LayerNorm, both in the cut model's coordinates: [n_windows, window, n_embd].
+        With each comes a function that gives some windows of its LayerNorm. Both are in the cut model's
+        coordinates: [n_windows, window, n_embd].
         """
         basis = common_basis(self.reference, checkpoint)
         config, last = self.reference.config, 2 * self.reference.config.n_layer
+
+        def normed(x: Floats, name: str, part: slice) -> Floats:
+            y = layers.layer_norm(self.reference.weights, name, x[part], config.layer_norm_epsilon)
+            return y if basis is None else y @ basis
+
         wanted = {last, *(2 * i + half for i in self.layers for half in (0, 1))}
         for place, x in enumerate(residuals(self.reference, self.windows)):
             if place in wanted:
-                name = norm_of(place, config.n_layer)
-                normed = layers.layer_norm(self.reference.weights, name, x, config.layer_norm_epsilon)
-                yield (x, normed) if basis is None else (x @ basis, normed @ basis)
+                norm = partial(normed, x, norm_of(place, config.n_layer))
+                yield (x if basis is None else x @ basis), norm
 
 
 def common_basis(wide: Checkpoint, narrow: Checkpoint) -> Floats | None:
@@ -169,8 +189,8 @@ class Place:
         2 i for the attention and 2 i + 1 for the MLP of block i; 2 n_layer at the end.
     x : ndarray of shape (n_windows, window, n_embd), dtype=float32
         Its residual stream before the half.
-    normed : ndarray of the same shape
-        What the LayerNorm that reads x should give.
+    normed : callable
+        Gives for some windows what the LayerNorm that reads x should give.
     target : ndarray of the same shape, or None at the end
         What the stream should be after the half.
     """
@@ -178,7 +198,7 @@ class Place:
     checkpoint: Checkpoint
     half: int
     x: Floats
-    normed: Floats
+    normed: Callable[[slice], Floats]
     target: Floats | None
 
     @property
@@ -194,14 +214,21 @@ def outputs(place: Place) -> Changes:
         return {}
     if sum(other is weight for other in weights.values()) > 1:  # layers share it
         return {}
-    regression = Regression(weight.shape[1], weight.shape[0])
+    fitting, testing = (Regression(weight.shape[1], weight.shape[0]) for _ in range(2))
     for part in parts(place.x):
         inputs: list[Floats] = []
-        listening = tapped(weights, {place.writer: inputs.append})
-        run_half(listening, place.checkpoint.config, place.half, place.x[part])
+        run_half(tapped(weights, {place.writer: inputs.append}), place.checkpoint.config, place.half, place.x[part])
         error = place.target[part] - place.x[part]  # [n_windows, window, n_embd]
-        regression.add(inputs[0], error.reshape(-1, error.shape[-1]))
-    w, b = regression.solve(weight.decode())
+        tests = np.arange(part.start, part.start + len(error)) % 4 == 3  # [n_windows]
+        x = inputs[0].reshape(*error.shape[:2], -1)  # [n_windows, window, n_in]
+        for sums, chosen in ((testing, tests), (fitting, ~tests)):
+            sums.add(x[chosen].reshape(-1, x.shape[-1]), error[chosen].reshape(-1, error.shape[-1]))
+    w = weight.decode()
+    ridge = RIDGES[-1]
+    if testing.n:
+        ridge = min(RIDGES, key=lambda r: testing.error(*fitting.solve(w, r)))
+    fitting.merge(testing)
+    w, b = fitting.solve(w, ridge)
     return {f"{place.writer}.weight": w, f"{place.writer}.bias": b}
 
 
@@ -210,14 +237,15 @@ def gains(place: Place) -> Changes:
     config = place.checkpoint.config
     name = norm_of(place.half, config.n_layer)
     gain = layers.vector(place.checkpoint.weights, f"{name}.weight")
-    one = np.ones_like(gain)
-    normed = reference.layer_norm(place.x, one, 0 * one, config.layer_norm_epsilon)
-    x, y = normed.reshape(-1, len(gain)), place.normed.reshape(-1, len(gain))  # [n_tokens, n_embd]
-    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
-    variance = np.square(x - x_mean).mean(axis=0)
-    covariance = ((x - x_mean) * (y - y_mean)).mean(axis=0)
-    pull = RIDGE * variance.mean()
-    fitted = (covariance + pull * gain) / (variance + pull)
+    one, sums, n = np.ones_like(gain), np.zeros((4, len(gain))), place.x[..., 0].size
+    for part in parts(place.x):
+        x = reference.layer_norm(place.x[part], one, 0 * one, config.layer_norm_epsilon)
+        y = place.normed(part)
+        sums += [v.sum(axis=(0, 1), dtype=np.float64) for v in (x, y, x * x, x * y)]
+    x_mean, y_mean, xx_mean, xy_mean = sums / n  # [n_embd] each
+    variance = np.maximum(xx_mean - x_mean**2, 0)
+    pull = RIDGES[0] * variance.mean()
+    fitted = (xy_mean - x_mean * y_mean + pull * gain) / (variance + pull)
     return {f"{name}.weight": fitted, f"{name}.bias": y_mean - fitted * x_mean}
 
 
@@ -226,9 +254,12 @@ def biases(place: Place) -> Changes:
     if place.target is None:
         return {}
     config, weights = place.checkpoint.config, place.checkpoint.weights
-    missing = place.target - run_half(weights, config, place.half, place.x)
+    missing = np.zeros(config.n_embd)
+    for part in parts(place.x):
+        y = run_half(weights, config, place.half, place.x[part])
+        missing += (place.target[part] - y).sum(axis=(0, 1), dtype=np.float64)
     name = f"{place.writer}.bias"
-    return {name: layers.vector(weights, name) + missing.mean(axis=(0, 1))}
+    return {name: layers.vector(weights, name) + missing / place.x[..., 0].size}
 
 
 REFITS: dict[str, Callable[[Place], Changes]] = {"outputs": outputs, "gains": gains, "biases": biases}

@@ -30,7 +30,7 @@ from minigpt.compress.calibration import (
     residuals,
     run_half,
 )
-from minigpt.compress.heal import Regression, norm_of
+from minigpt.compress.heal import RIDGES, Regression, norm_of
 from minigpt.compress.step import (
     Floats,
     choice,
@@ -149,7 +149,7 @@ def fold_spans(checkpoint: Checkpoint, cut: Checkpoint, kept: Sequence[int], cal
         n_embd = x.shape[-1]
         regression = Regression(n_embd, n_embd)
         regression.add(out.reshape(-1, n_embd), missing.reshape(-1, n_embd))
-        t, shift = regression.solve(np.eye(n_embd, dtype=np.float32))
+        t, shift = regression.solve(np.eye(n_embd, dtype=np.float32), RIDGES[0])
         name = f"h.{i}.mlp.c_proj"
         w, bias = (cut.weights[f"{name}.{part}"].decode() for part in ("weight", "bias"))
         cut = updated(cut, {f"{name}.weight": t @ w, f"{name}.bias": t @ bias + shift})
