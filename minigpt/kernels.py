@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_name
 from numba import cfunc, config, njit, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
@@ -78,6 +80,9 @@ LANES = VECTOR // 4  # of 4 bytes
 PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
 # The CPU multiplies bytes four at a time, twice as many as int16: tiles of integer matrices take int8 activations
 BYTES = (VECTOR == 64 and "+avx512vnni" in FEATURES) or (VECTOR == 32 and "+avxvnni" in FEATURES)
+EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURES  # spreads bytes over a mask's bits
+# The same for 8 bytes in a word; before Zen 3, AMD's took hundreds of cycles
+DEPOSITS = X86 and "+bmi2" in FEATURES and (getattr(config, "CPU_NAME", None) or get_host_cpu_name()) not in ("znver1", "znver2")
 GROUP = 64  # int8 activations that share a scale: an outlier spoils no more than these
 TILE = 6 if X86 and VECTOR < 64 else 12  # tokens of a tile: 2 * TILE accumulators must fit the 16 or 32 registers
 
@@ -101,7 +106,7 @@ def _pointer(dtype: Any) -> Any:
     return view
 
 
-i8, u8, u16 = _pointer(types.int8), _pointer(types.uint8), _pointer(types.uint16)
+i8, u8, u16, u32 = (_pointer(kind) for kind in (types.int8, types.uint8, types.uint16, types.uint32))
 i16, i32, i64, f32 = _pointer(types.int16), _pointer(int32), _pointer(int64), _pointer(float32)
 
 
@@ -282,37 +287,138 @@ def _accumulators(b: Any, kind: Any, n: int) -> list[Any]:
     return [cgutils.alloca_once_value(b, ir.Constant(kind, None)) for _ in range(n)]
 
 
+def _dot_i8(b: Any, w: Any, x: Any, n: Any, place: Callable[[Any], Any], unrolled: int) -> Any:
+    """Return the int32 sum of w[i] * x[place(i)], int8 times int16, over the whole vectors (of VECTOR / 2) in n.
+
+    Several accumulators hide the latency of the multiply-add; the weights stream by at the speed of memory.
+    """
+    width = VECTOR // 2
+    constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
+    totals = _accumulators(b, _vector(I32, width // 2), unrolled)
+
+    def step(start: Any, total: Any) -> None:
+        codes = b.sext(_load(b, b.add(w, start), _vector(I8, width)), _vector(I16, width))
+        pairs = _multiply_pairs(b, codes, _load(b, _offset(b, x, place(start), 2), _vector(I16, width)))
+        b.store(b.add(b.load(total), pairs), total)
+
+    blocks = b.udiv(n, constant(width * unrolled))
+    with cgutils.for_range(b, blocks) as loop:
+        start = b.mul(loop.index, constant(width * unrolled))
+        for i, total in enumerate(totals):
+            step(b.add(start, constant(i * width)), total)
+    rest = b.mul(blocks, constant(unrolled))
+    with cgutils.for_range(b, b.sub(b.udiv(n, constant(width)), rest)) as loop:
+        step(b.mul(b.add(loop.index, rest), constant(width)), totals[0])
+    first, *others = (b.load(total) for total in totals)
+    return _sum(b, reduce(b.add, others, first))
+
+
 @intrinsic
 def dot_i8(typing_context: Any, w: Any, x: Any, n: Any) -> Any:
-    """Return the int32 sum of w[i] * x[i], int8 times int16, over the whole vectors (of VECTOR / 2) in n.
-
-    Four accumulators hide the latency of the multiply-add; the weights stream by at the speed of memory.
-    """
-    width, unrolled = VECTOR // 2, 4
+    """Return the int32 sum of w[i] * x[i] over the whole vectors in n."""
 
     def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         w, x, n = arguments
-        constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
-        totals = _accumulators(b, _vector(I32, width // 2), unrolled)
-
-        def step(start: Any, total: Any) -> None:
-            codes = b.sext(_load(b, _offset(b, w, start), _vector(I8, width)), _vector(I16, width))
-            pairs = _multiply_pairs(b, codes, _load(b, _offset(b, x, start, 2), _vector(I16, width)))
-            b.store(b.add(b.load(total), pairs), total)
-
-        blocks = b.udiv(n, constant(width * unrolled))
-        with cgutils.for_range(b, blocks) as loop:
-            start = b.mul(loop.index, constant(width * unrolled))
-            for i, total in enumerate(totals):
-                step(b.add(start, constant(i * width)), total)
-        rest = b.mul(blocks, constant(unrolled))
-        with cgutils.for_range(b, b.sub(b.udiv(n, constant(width)), rest)) as loop:
-            step(b.mul(b.add(loop.index, rest), constant(width)), totals[0])
-        first, second, third, fourth = (b.load(total) for total in totals)
-        return _sum(b, b.add(b.add(first, second), b.add(third, fourth)))
+        return _dot_i8(b, w, x, n, lambda i: i, unrolled=4)
 
     return int32(int64, int64, int64), build
 
+
+@intrinsic
+def dot_blocks(typing_context: Any, w: Any, columns: Any, x: Any, n: Any) -> Any:
+    """Return the int32 sum over blocks of 32 codes, block k times x[32 columns[k]...]; n codes, columns uint16."""
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        w, columns, x, n = arguments
+        constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
+
+        def place(i: Any) -> Any:
+            column = _load(b, _offset(b, columns, b.lshr(i, constant(5)), 2), I16)
+            return b.add(b.shl(b.zext(column, n.type), constant(5)), b.and_(i, constant(31)))
+
+        return _dot_i8(b, w, x, n, place, unrolled=1)  # rows are short: two loops would be mispredicted twice
+
+    return int32(int64, int64, int64, int64), build
+
+
+def _moves(mask: int) -> list[int]:
+    """Return the bytes of a word that move up by 4, by 2 and by 1 to spread over the bits of a mask, and those kept."""
+    selected = [0, 0, 0, 0]
+    for source, target in enumerate(i for i in range(8) if mask >> i & 1):
+        place = source
+        for step, distance in enumerate((4, 2, 1)):
+            if (target - source) & distance:
+                place += distance
+                selected[step] |= 255 << 8 * place
+        selected[3] |= 255 << 8 * target
+    return selected
+
+
+def _spread_word(b: Any, mask: Any, packed: Any) -> Any:
+    """Do what `_spread` does for 8 bits, both as words."""
+    word = packed.type
+    constant = lambda v: ir.Constant(word, v)  # noqa: E731
+    if DEPOSITS:
+        function = ir.FunctionType(word, [word, word])
+        deposit = cgutils.get_or_insert_function(b.module, function, "llvm.x86.bmi.pdep.64")
+        kept = b.mul(b.call(deposit, [mask, constant(0x0101010101010101)]), constant(255))
+        return b.call(deposit, [packed, kept])
+    # in three moves whose masks are looked up (Warren, Hacker's Delight 7-5)
+    table = [value for mask in range(256) for value in _moves(mask)]
+    moves = cgutils.global_constant(b, "moves", ir.Constant(ir.ArrayType(word, len(table)), table))
+    at = b.add(b.ptrtoint(moves, word), b.shl(mask, constant(5)))
+    for step, distance in enumerate((4, 2, 1)):
+        selected = _load(b, _offset(b, at, 8 * step), word, 8)
+        moved = b.shl(packed, constant(8 * distance))
+        packed = b.or_(b.and_(packed, b.not_(selected)), b.and_(moved, selected))
+    return b.and_(packed, _load(b, _offset(b, at, 24), word, 8))
+
+
+def _spread(b: Any, mask: Any, packed: Any) -> Any:
+    """Put the next of the packed bytes wherever mask has a bit, and 0 elsewhere: a vector of a byte for each bit."""
+    n, word = mask.type.width, ir.IntType(64)
+    kind, bits = _vector(I8, n), _vector(ir.IntType(1), n)
+    if not EXPANDS:
+        packed = b.zext(b.bitcast(packed, ir.IntType(8 * packed.type.count)), word)
+        return b.bitcast(_spread_word(b, b.zext(mask, word), packed), kind)
+    # from a register: the form that reads memory is microcode on Zen
+    packed = _shuffle(b, packed, ir.Constant(packed.type, ir.Undefined), [min(i, packed.type.count) for i in range(n)])
+    function = ir.FunctionType(kind, [kind, kind, bits])
+    expand = cgutils.get_or_insert_function(b.module, function, f"llvm.x86.avx512.mask.expand.v{n}i8")
+    return b.call(expand, [packed, ir.Constant(kind, None), b.bitcast(mask, bits)])
+
+
+def _expand(most: float) -> Any:
+    """Return `expand(bits, values, n, codes)`: undo a bitmap of n columns, a multiple of 32, into int8 codes.
+
+    At most this share of the columns are kept: more values are not read.
+    """
+
+    @intrinsic
+    def expand(typing_context: Any, bits: Any, values: Any, n: Any, codes: Any) -> Any:
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            bits, values, n, codes = arguments
+            constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
+            values = cgutils.alloca_once_value(b, values)
+            done = constant(0)
+            for columns in (64, 32) if EXPANDS else (8,):
+                steps = b.udiv(b.sub(n, done), constant(columns))
+                with cgutils.for_range(b, steps) as loop:
+                    column = b.add(done, b.mul(loop.index, constant(columns)))
+                    mask = _load(b, b.add(bits, b.lshr(column, constant(3))), ir.IntType(columns))
+                    at = b.load(values)
+                    packed = _load(b, at, _vector(I8, int(columns * most)))
+                    _store(b, _spread(b, mask, packed), b.add(codes, column))
+                    b.store(b.add(at, b.ctpop(b.zext(mask, n.type) if columns < 64 else mask)), values)
+                done = b.add(done, b.mul(steps, constant(columns)))
+            return context.get_dummy_value()
+
+        return types.void(*[int64] * 4), build
+
+    return expand
+
+
+expand_any, expand_half = _expand(1), _expand(0.5)
 
 GROUPS = VECTOR // 16  # of int4 that fill a vector with one nibble of every byte pair
 
@@ -733,59 +839,96 @@ def matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in):
                 to[r] = products[t * PANEL + r]
 
 
-@entry(7)
-def matmul_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
-    """Codes int8 [n_out, n_in] times int16 activations in int32, one scale per row and one per token."""
-    w, xs = i64(w), i64(x)
-    n_in, matrix, scales = w[W_N_IN], w[W_PART_0], w[W_PART_1]
-    if n_tokens >= TILE:
+def _matmul_codes(unpack: Any) -> Any:
+    """Return `matmul(..., scales)`: codes int8 times int16 activations, one scale per row and one per token.
+
+    `unpack(w, row, n_rows, scratch)` returns where the codes of rows begin, in the file or in the scratch, and how far
+    a row is from the next.
+    """
+    matmul_by_tiles = _matmul_codes_by_tiles(unpack)
+
+    @njit(**HELP)
+    def matmul_codes(w, x, y, y_stride, n_tokens, row_begin, row_end, scales):
+        if n_tokens >= TILE:
+            matmul_by_tiles(w, x, y, y_stride, n_tokens, row_begin, row_end, scales)
+            return
+        n_in, xs = i64(w)[W_N_IN], i64(x)
+        scales, x_codes, x_bytes, x_scales = f32(scales), xs[X_CODES], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
+        whole = n_in // (VECTOR // 2) * (VECTOR // 2)
+        for row in range(row_begin, row_end):
+            codes, _ = unpack(w, row, 1, xs[X_PANEL])
+            for token in range(n_tokens):
+                source = x_codes + token * x_bytes
+                total = dot_i8(codes, source, n_in)
+                for i in range(whole, n_in):
+                    total = int32(total + int32(int32(i8(codes)[i]) * int32(i16(source)[i])))
+                f32(y)[token * y_stride + row] = float32(total) * scales[row] * x_scales[token]
+
+    return matmul_codes
+
+
+def _matmul_codes_by_tiles(unpack: Any) -> Any:
+    """Return the same for TILE tokens or more; the unpacked codes follow the panel in the scratch."""
+
+    @njit(**HELP)
+    def matmul_codes_by_tiles(w, x, y, y_stride, n_tokens, row_begin, row_end, scales):
+        n_in, xs = i64(w)[W_N_IN], i64(x)
+        panel = xs[X_PANEL]
         for row in range(row_begin, row_end, PANEL):
             n_rows = min(PANEL, row_end - row)
+            codes, row_bytes = unpack(w, row, n_rows, panel + 2 * PANEL * xs[X_STRIDE])
             if BYTES:
-                pack_bytes(matrix + row * n_in, n_in, n_rows, xs[X_PANEL])
+                pack_bytes(codes, row_bytes, n_in, n_rows, panel)
                 matmul_tiles_i8(x, y, y_stride, n_tokens, row, n_rows, scales + row * 4, n_in)
             else:
-                pack_pairs(matrix + row * n_in, n_in, n_rows, xs[X_PANEL])
+                pack_pairs(codes, row_bytes, n_in, n_rows, panel)
                 matmul_tiles_i16(x, y, y_stride, n_tokens, row, n_rows, scales + row * 4, n_in)
-        return
-    scales, x_codes, x_bytes, x_scales = f32(scales), xs[X_CODES], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
-    whole = n_in // (VECTOR // 2) * (VECTOR // 2)
-    for row in range(row_begin, row_end):
-        codes = matrix + row * n_in
-        for token in range(n_tokens):
-            source = x_codes + token * x_bytes
-            total = dot_i8(codes, source, n_in)
-            for i in range(whole, n_in):
-                total = int32(total + int32(int32(i8(codes)[i]) * int32(i16(source)[i])))
-            f32(y)[token * y_stride + row] = float32(total) * scales[row] * x_scales[token]
+
+    return matmul_codes_by_tiles
 
 
 @njit(**HELP)
-def pack_bytes(codes, n_in, n_rows, panel):
+def unpack_int8(w, row, n_rows, scratch):
+    """Nothing to unpack."""
+    n_in = i64(w)[W_N_IN]
+    return i64(w)[W_PART_0] + row * n_in, n_in
+
+
+matmul_codes_of_int8 = _matmul_codes(unpack_int8)
+
+
+@entry(7)
+def matmul_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes [n_out, n_in], scales [n_out]."""
+    matmul_codes_of_int8(w, x, y, y_stride, n_tokens, row_begin, row_end, i64(w)[W_PART_1])
+
+
+@njit(**HELP)
+def pack_bytes(codes, row_bytes, n_in, n_rows, panel):
     """Spread rows over lanes: panel[four, row] = codes[row, 4 four .. 4 four + 3] + 128 as uint8."""
     never_inline()
     done = 0
     if n_rows == PANEL:
-        pack_squares_u8(codes, n_in, n_in // 4, panel)
+        pack_squares_u8(codes, row_bytes, n_in // 4, panel)
         done = n_in // 4 // LANES * LANES * 4
     panel = u8(panel)
     for r in range(n_rows):
-        source = i8(codes + r * n_in)
+        source = i8(codes + r * row_bytes)
         for i in range(done, n_in):
             panel[(i // 4 * PANEL + r) * 4 + i % 4] = source[i] + 128
 
 
 @njit(**HELP)
-def pack_pairs(codes, n_in, n_rows, panel):
+def pack_pairs(codes, row_bytes, n_in, n_rows, panel):
     """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16."""
     never_inline()
     n_pairs, done = n_in // 2, 0
     if n_rows == PANEL:
-        pack_squares_i8(codes, n_in, n_pairs, panel)
+        pack_squares_i8(codes, row_bytes, n_pairs, panel)
         done = n_pairs // LANES * LANES
     panel = i16(panel)
     for r in range(n_rows):
-        source = i8(codes + r * n_in)
+        source = i8(codes + r * row_bytes)
         for i in range(2 * done, n_in):
             panel[(i // 2 * PANEL + r) * 2 + i % 2] = source[i]
         if n_in % 2:
@@ -799,6 +942,125 @@ def rows_int8(w, row, y):
     codes, scale = i8(w[W_PART_0] + row * w[W_N_IN]), f32(w[W_PART_1])[row]
     for i in range(w[W_N_IN]):
         y[i] = float32(codes[i]) * scale
+
+
+@njit(**HELP)
+def unpack_bitmap_int8(w, row, n_rows, scratch):
+    """Put the zeros of rows back."""
+    w = i64(w)
+    n_columns = (w[W_N_IN] + 31) // 32 * 32
+    row_bytes = (n_columns + 63) // 64 * 64
+    for r in range(n_rows):
+        bits, values = w[W_PART_0] + (row + r) * n_columns // 8, w[W_PART_2] + u32(w[W_PART_1])[row + r]
+        expand_any(bits, values, n_columns, scratch + r * row_bytes)
+    return scratch, row_bytes
+
+
+matmul_codes_of_bitmap_int8 = _matmul_codes(unpack_bitmap_int8)
+
+
+@entry(7)
+def matmul_bitmap_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Bitmap [n_out, n_in / 8], offsets [n_out + 1], values, scales [n_out]."""
+    matmul_codes_of_bitmap_int8(w, x, y, y_stride, n_tokens, row_begin, row_end, i64(w)[W_PART_3])
+
+
+@entry(3)
+def rows_bitmap_int8(w, row, y):
+    """Decode one row into float32."""
+    w = i64(w)
+    bits, values = w[W_PART_0] + row * ((w[W_N_IN] + 31) // 32 * 4), w[W_PART_2] + u32(w[W_PART_1])[row]
+    decode_bitmap(bits, values, f32(w[W_PART_3])[row], y, w[W_N_IN])
+
+
+@njit(**HELP)
+def decode_bitmap(bits, values, scale, y, n_in):
+    """Write the n_in floats that a bitmap and int8 values stand for."""
+    bits, values, y, place = u8(bits), i8(values), f32(y), 0
+    for i in range(n_in):
+        kept = int64(bits[i // 8]) >> (i % 8) & 1
+        y[i] = float32(values[place]) * scale if kept else float32(0)
+        place += kept
+
+
+@njit(**HELP)
+def unpack_nm_int8(w, row, n_rows, scratch):
+    """Put the zeros of rows back."""
+    w = i64(w)
+    n_columns = (w[W_N_IN] + 31) // 32 * 32
+    row_bytes = (n_columns + 63) // 64 * 64
+    for r in range(n_rows):
+        masks, codes = w[W_PART_0] + (row + r) * n_columns // 8, w[W_PART_1] + (row + r) * n_columns // 2
+        expand_half(masks, codes, n_columns, scratch + r * row_bytes)
+    return scratch, row_bytes
+
+
+matmul_codes_of_nm_int8 = _matmul_codes(unpack_nm_int8)
+
+
+@entry(7)
+def matmul_nm_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Masks [n_out, n_in / 8] with 4 bits each, codes [n_out, n_in / 2], scales [n_out]."""
+    matmul_codes_of_nm_int8(w, x, y, y_stride, n_tokens, row_begin, row_end, i64(w)[W_PART_2])
+
+
+@entry(3)
+def rows_nm_int8(w, row, y):
+    """Decode one row into float32."""
+    w = i64(w)
+    n_columns = (w[W_N_IN] + 31) // 32 * 32
+    masks, codes = w[W_PART_0] + row * n_columns // 8, w[W_PART_1] + row * n_columns // 2
+    decode_bitmap(masks, codes, f32(w[W_PART_2])[row], y, w[W_N_IN])
+
+
+@njit(**HELP)
+def unpack_block_int8(w, row, n_rows, scratch):
+    """Put the empty blocks of rows back."""
+    w = i64(w)
+    pointers, columns = u32(w[W_PART_0]), u16(w[W_PART_1])
+    row_bytes = (w[W_N_IN] + 31) // 32 * 32
+    to = i64(scratch)
+    for i in range(n_rows * row_bytes // 8):
+        to[i] = 0
+    for r in range(n_rows):
+        for block in range(int64(pointers[row + r]), int64(pointers[row + r + 1])):
+            source, to = i64(w[W_PART_2] + block * 32), i64(scratch + r * row_bytes + columns[block] * 32)
+            for i in range(4):
+                to[i] = source[i]
+    return scratch, row_bytes
+
+
+matmul_blocks_by_tiles = _matmul_codes_by_tiles(unpack_block_int8)
+
+
+@entry(7)
+def matmul_block_int8(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Pointers [n_out + 1], columns [n_blocks], codes [n_blocks, 32], scales [n_out]: what is not stored is skipped."""
+    if n_tokens >= TILE:
+        matmul_blocks_by_tiles(w, x, y, y_stride, n_tokens, row_begin, row_end, i64(w)[W_PART_3])
+        return
+    w, xs = i64(w), i64(x)
+    pointers, scales = u32(w[W_PART_0]), f32(w[W_PART_3])
+    x_codes, x_bytes, x_scales = xs[X_CODES], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
+    for row in range(row_begin, row_end):
+        first = int64(pointers[row])
+        n = (int64(pointers[row + 1]) - first) * 32
+        for token in range(n_tokens):
+            total = dot_blocks(w[W_PART_2] + first * 32, w[W_PART_1] + first * 2, x_codes + token * x_bytes, n)
+            f32(y)[token * y_stride + row] = float32(total) * scales[row] * x_scales[token]
+
+
+@entry(3)
+def rows_block_int8(w, row, y):
+    """Decode one row into float32; the last block of a row may reach beyond it."""
+    w, y = i64(w), f32(y)
+    n_in, pointers, scale = w[W_N_IN], u32(w[W_PART_0]), f32(w[W_PART_3])[row]
+    for i in range(n_in):
+        y[i] = 0
+    for block in range(int64(pointers[row]), int64(pointers[row + 1])):
+        codes, begin = i8(w[W_PART_2] + block * 32), int64(u16(w[W_PART_1])[block]) * 32
+        for i in range(min(32, n_in - begin)):
+            y[begin + i] = float32(codes[i]) * scale
 
 
 @entry(7)
@@ -900,7 +1162,7 @@ def matmul_int4(w, x, y, y_stride, n_tokens, row_begin, row_end):
             if BYTES:
                 codes = panel + PANEL * xs[X_STRIDE]
                 scales = round_int4(w, row, n_rows, n_in, codes)
-                pack_bytes(codes, n_in, n_rows, panel)
+                pack_bytes(codes, n_in, n_in, n_rows, panel)
                 matmul_tiles_i8(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
             else:
                 for r in range(n_rows):

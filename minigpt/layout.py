@@ -18,8 +18,9 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     W_PART_0,
     W_PART_1,
     W_PART_2,
+    W_PART_3,
     W_SIZE,
-) = range(9)
+) = range(10)
 
 # Activations [n_tokens, n_in]: what a matrix is multiplied with. One record per thread.
 (

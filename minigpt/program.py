@@ -7,7 +7,6 @@ no arithmetic. Callers must have checked ids, positions and sequences: the kerne
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from minigpt import layout, ops
 from minigpt.checkpoint import Checkpoint
-from minigpt.encodings import Weight
+from minigpt.encodings import Encoding, Weight
 from minigpt.team import Team
 
 if TYPE_CHECKING:
@@ -35,13 +34,16 @@ class Program:
     Parameters
     ----------
     checkpoint : Checkpoint
-        Its arrays are used where they are, unless one is not C-contiguous: that is copied.
+        Its arrays are used where they are; a matrix without kernels is expanded to one with them (`Encoding.expand`).
     n_threads : int, optional
         See `Team`.
+    expand : bool
+        Expand sparse matrices too, which have kernels: more memory, and the speed of dense ones.
     """
 
-    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, expand: bool = False) -> None:
         self.team = Team(n_threads)
+        self._expand = expand
         self._config, self._weights = checkpoint.config, checkpoint.weights
         self._forward = _address("forward")
         self._matrices: dict[int, tuple[Weight, NDArray[np.int64]]] = {}  # with descriptors, by identity
@@ -138,9 +140,8 @@ class Program:
         """Return the address of a matrix's descriptor."""
         weight = self._weights[name]
         if id(weight) not in self._matrices:
-            parts = {part: np.ascontiguousarray(values) for part, values in weight.parts.items()}  # as files hold them
-            contiguous = replace(weight, parts=parts)
-            self._matrices[id(weight)] = contiguous, describe(contiguous)
+            plain = weight.expand() if _to_expand(weight.encoding, self._expand) else weight
+            self._matrices[id(weight)] = plain, describe(plain)
         return self._matrices[id(weight)][1].ctypes.data
 
     def _fill(self, **fields: int) -> None:
@@ -225,9 +226,14 @@ class Activations:
 
 
 def can_run(checkpoint: Checkpoint) -> bool:
-    """Tell whether every matrix has an encoding with compiled kernels."""
-    matrices = [weight for weight in checkpoint.weights.values() if len(weight.shape) == 2]
-    return all(ops.has_kernel(f"matmul_{weight.encoding.name}") for weight in matrices)
+    """Tell whether every matrix has an encoding with compiled kernels, or expands to one."""
+    matrices = [weight.encoding for weight in checkpoint.weights.values() if len(weight.shape) == 2]
+    return all(ops.has_kernel(f"matmul_{e.name}") or ops.has_kernel(f"matmul_{e.twin}") for e in matrices)
+
+
+def _to_expand(encoding: Encoding, wanted: bool) -> bool:
+    """Tell whether a matrix must be expanded, or is to be and has a twin: f32 would be slower than what becomes it."""
+    return not ops.has_kernel(f"matmul_{encoding.name}") or (wanted and encoding.twin not in (encoding.name, "f32"))
 
 
 def describe(weight: Weight) -> NDArray[np.int64]:

@@ -33,6 +33,16 @@ def floats(*values):
     return np.array(values, np.float32)
 
 
+def matrix(encoding, n_out, n_in, rng):
+    """Random values that the encoding can hold: half of them zeros, in blocks or 4 of 8, where that is its point."""
+    w = rng.normal(size=(n_out, n_in))
+    if encoding.startswith(("bitmap", "block")):
+        w *= np.repeat(rng.random((n_out, n_in)) < 0.5, 32, axis=1)[:, :n_in] & (rng.random((n_out, n_in)) < 0.8)
+    if encoding.startswith("nm"):
+        w *= rng.permuted(np.tile(np.arange(8) < 4, (n_out, -(-n_in // 8), 1)), axis=2).reshape(n_out, -1)[:, :n_in]
+    return encode(w, encoding)
+
+
 def activations(x, levels):
     """Quantize in NumPy as `take_input` does; return the record's owner and the activations that are meant."""
     n_tokens, n_in = x.shape
@@ -66,7 +76,7 @@ def test_matmul_equals_numpy(encoding, n_in):
     rng = np.random.default_rng(n_in)
     matmul = kernels.compile_entry(f"matmul_{encoding}").ctypes
     for n_out, n_tokens in [(1, 1), (70, 1), (5, 3), (33, 12), (70, 13), (64, 30)]:
-        w = encode(rng.normal(size=(n_out, n_in)), encoding)
+        w = matrix(encoding, n_out, n_in, rng)
         x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
         record = describe(w)
         memory, meant = activations(x, record[layout.W_LEVELS])
@@ -85,7 +95,8 @@ def test_matmul_equals_numpy(encoding, n_in):
 @pytest.mark.parametrize("encoding", COMPILED)
 def test_extreme_codes_do_not_overflow(encoding):
     n_in = 8192
-    w = encode(np.ones((2, n_in)), encoding)
+    ones = np.ones((2, n_in))
+    w = encode(ones * (np.arange(n_in) % 2) if encoding.startswith("nm") else ones, encoding)
     record = describe(w)
     memory, meant = activations(np.full((1, n_in), 3, np.float32), record[layout.W_LEVELS])
     y = np.zeros((1, 2), np.float32)
@@ -97,7 +108,7 @@ def test_extreme_codes_do_not_overflow(encoding):
 @pytest.mark.parametrize("n_in", LENGTHS)
 @pytest.mark.parametrize("encoding", COMPILED)
 def test_rows_equal_decode(encoding, n_in):
-    w = encode(np.random.default_rng(0).normal(size=(3, n_in)), encoding)
+    w = matrix(encoding, 3, n_in, np.random.default_rng(0))
     record, y = describe(w), np.zeros(n_in, np.float32)
     for row in range(3):
         kernels.compile_entry(f"rows_{encoding}").ctypes(record.ctypes.data, row, y.ctypes.data)
