@@ -50,7 +50,8 @@ def described(step: Step) -> str:
     notes = []
     for name, parameter in step.parameters.items():
         default = step.defaults.get(name)
-        notes.append(f"{name}: {parameter.allowed}" + ("" if default is None else f" (default: {default})"))
+        written = ("no", "yes")[default] if isinstance(default, bool) else default
+        notes.append(f"{name}: {parameter.allowed}" + ("" if default is None else f" (default: {written})"))
     return f"{step.summary} {'; '.join(notes)}".replace("%", "%%")
 
 
