@@ -32,7 +32,7 @@ class Vector:
     """One token's activations, and the record in which a kernel takes them."""
 
     def __init__(self, x: np.ndarray, levels: int) -> None:
-        width = -(-len(x) // 64) * 64
+        width = -(-len(x) // 128) * 128
         self.x, self.codes = x, aligned((width,), np.int16)
         self.scale, self.sums = aligned((1,)), aligned((width // 32,))
         self.panel, self.tile = aligned((width * PANEL,)), aligned((TILE * PANEL,))

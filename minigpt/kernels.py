@@ -81,8 +81,9 @@ PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
 # The CPU multiplies bytes four at a time, twice as many as int16: tiles of integer matrices take int8 activations
 BYTES = (VECTOR == 64 and "+avx512vnni" in FEATURES) or (VECTOR == 32 and "+avxvnni" in FEATURES)
 EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURES  # spreads bytes over a mask's bits
-# The same for 8 bytes in a word; before Zen 3, AMD's took hundreds of cycles
-DEPOSITS = X86 and "+bmi2" in FEATURES and (getattr(config, "CPU_NAME", None) or get_host_cpu_name()) not in ("znver1", "znver2")
+# The same for 8 bytes in a word; before Zen 3, AMD took hundreds of cycles for it
+CPU = getattr(config, "CPU_NAME", None) or get_host_cpu_name()
+DEPOSITS = X86 and "+bmi2" in FEATURES and CPU not in ("znver1", "znver2")
 GROUP = 64  # int8 activations that share a scale: an outlier spoils no more than these
 TILE = 6 if X86 and VECTOR < 64 else 12  # tokens of a tile: 2 * TILE accumulators must fit the 16 or 32 registers
 
@@ -219,6 +220,17 @@ def _store(b: Any, value: Any, address: Any) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
 
 
+AHEAD = 4096  # bytes: an int4 row is too short, and its three parts too many, for the processor to foresee
+
+
+def _prefetch(b: Any, address: Any) -> Any:
+    """Ask for a cache line; the address may be anywhere."""
+    pointer = I8.as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0")
+    b.call(prefetch, [b.inttoptr(address, pointer), *(ir.Constant(I32, v) for v in (0, 3, 1))])  # to read, keep, data
+
+
 def _shuffle(b: Any, a: Any, c: Any, lanes: list[int]) -> Any:
     return b.shuffle_vector(a, c, ir.Constant(_vector(I32, len(lanes)), lanes))
 
@@ -281,6 +293,19 @@ def _fold(b: Any, vector: Any, n: int) -> Any:
 def _sum(b: Any, vector: Any) -> Any:
     """Add up the lanes."""
     return b.extract_element(_fold(b, vector, 1), ir.Constant(I32, 0))
+
+
+ROWS = 4  # of a matrix whose sums across lanes are made together; the rows stream by one after the other
+
+
+def _sum_rows(b: Any, rows: list[Any]) -> Any:
+    """Add up the lanes of ROWS vectors: a vector of ROWS sums."""
+    while len(rows) > 1:
+        n = rows[0].type.count
+        even, odd = ([v * n + k + i for k in range(0, n, 4) for v in (0, 1) for i in (j, j + 2)] for j in (0, 1))
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [b.fadd(_shuffle(b, v, w, even), _shuffle(b, v, w, odd)) for v, w in pairs]
+    return _fold(b, rows[0], ROWS)
 
 
 def _accumulators(b: Any, kind: Any, n: int) -> list[Any]:
@@ -420,81 +445,153 @@ def _expand(most: float) -> Any:
 
 expand_any, expand_half = _expand(1), _expand(0.5)
 
-GROUPS = VECTOR // 16  # of int4 that fill a vector with one nibble of every byte pair
-
-
-@intrinsic
-def dot_i4(typing_context: Any, codes: Any, scales: Any, minimums: Any, x: Any, sums: Any, n_groups: Any) -> Any:
-    """Return the float32 sum over groups of scale * sum(code * x) + minimum * sum(x).
-
-    Seen as 8 words of 16 bits, a group of 16 bytes has four nibbles in each word. One shift and one mask per nibble
-    give int16 lanes without any widening, if x stands in the order of `order_for_i4`.
-    """
-
-    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        codes, scales, minimums, x, sums, n_groups = arguments
-        constant = lambda v: ir.Constant(n_groups.type, v)  # noqa: E731
-
-        def step(group: Any, groups: int, total: Any, offset: Any) -> None:
-            words = _vector(I16, 8 * groups)
-            every = lambda v: ir.Constant(words, [v] * 8 * groups)  # noqa: E731
-            packed = _load(b, _offset(b, codes, group, 16), words)
-            products = ir.Constant(_vector(I32, 4 * groups), None)
-            for i in range(4):
-                nibbles = b.and_(b.lshr(packed, every(4 * i)), every(15))
-                values = _load(b, _offset(b, _offset(b, x, group, 64), 16 * groups * i), words)
-                products = b.add(products, _multiply_pairs(b, nibbles, values))
-            factors = _half(b, _load(b, _offset(b, scales, group, 2), _vector(I16, groups)))
-            factors = _shuffle(b, factors, factors, [g for g in range(groups) for _ in range(4)])
-            products = b.sitofp(products, _vector(F32, 4 * groups))
-            b.store(_multiply_add(b, products, factors, b.load(total)), total)
-            lowest = _half(b, _load(b, _offset(b, minimums, group, 2), _vector(I16, groups)))
-            b.store(_multiply_add(b, lowest, _load(b, _offset(b, sums, group, 4), lowest.type), b.load(offset)), offset)
-
-        # as many groups at a time as fill a vector, then one by one; all totals meet in four lanes at last
-        result, done = ir.Constant(_vector(F32, 4), None), constant(0)
-        for groups in sorted({GROUPS, 1}, reverse=True):
-            (total,), (offset,) = (_accumulators(b, _vector(F32, n * groups), 1) for n in (4, 1))
-            steps = b.udiv(b.sub(n_groups, done), constant(groups))
-            with cgutils.for_range(b, steps) as loop:
-                step(b.add(done, b.mul(loop.index, constant(groups))), groups, total, offset)
-            done = b.add(done, b.mul(steps, constant(groups)))
-            offset = b.load(offset)
-            offset = _shuffle(b, offset, ir.Constant(offset.type, None), [min(i, groups) for i in range(4)])
-            result = b.fadd(result, b.fadd(_fold(b, b.load(total), 4), offset))
-        return _sum(b, result)
-
-    return float32(*[int64] * 6), build
-
-
-@intrinsic
-def order_for_i4(typing_context: Any, x: Any, y: Any, n_groups: Any) -> Any:
-    """Copy int16 activations so that those of one nibble stand together: 0, 2, .. 14, then 16, .. 30, then odd."""
-
-    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        x, y, n_groups = arguments
-        constant = lambda v: ir.Constant(n_groups.type, v)  # noqa: E731
-        done = constant(0)
-        for groups in sorted({GROUPS, 1}, reverse=True):
-            steps = b.udiv(b.sub(n_groups, done), constant(groups))
-            with cgutils.for_range(b, steps) as loop:
-                start = b.mul(b.add(done, b.mul(loop.index, constant(groups))), constant(64))
-                values = _load(b, b.add(x, start), _vector(I16, 32 * groups))
-                for i, first in enumerate((0, 16, 1, 17)):
-                    lanes = [32 * g + first + 2 * j for g in range(groups) for j in range(8)]
-                    _store(b, _shuffle(b, values, values, lanes), _offset(b, b.add(y, start), 16 * groups * i))
-            done = b.add(done, b.mul(steps, constant(groups)))
-        return context.get_dummy_value()
-
-    return types.void(int64, int64, int64), build
-
 
 def _multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
     """Add four products of uint8 w and int8 x to each int32 lane; only where BYTES says that the CPU can."""
     kinds = [total.type, w.type, x.type]
-    name = f"llvm.x86.avx512.vpdpbusd.{8 * VECTOR}"
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
     dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(total.type, kinds), name)
     return b.call(dot, [total, w, x])
+
+
+UNIT = VECTOR // 16  # groups of int4, 16 bytes each, that fill a vector
+
+
+def _multiply_nibbles(b: Any, packed: Any, x: list[Any]) -> Any:
+    """Return the products of packed int4 codes, bytes, with the four vectors of `order_for_i4`: 4 int32 for a group."""
+    n = packed.type.count
+    lanes, words = _vector(I32, n // 4), _vector(I16, n // 2)
+    constant = lambda kind, v: ir.Constant(kind, [v] * kind.count)  # noqa: E731
+    shifted = lambda bits: b.lshr(b.bitcast(packed, words), constant(words, bits))  # noqa: E731
+    total = ir.Constant(lanes, None)
+    if BYTES:  # upper and lower bytes of the activations apart
+        low, high = (b.and_(b.bitcast(shifted(i), packed.type), constant(packed.type, 15)) for i in (0, 4))
+        total = _multiply_bytes(b, high, x[1], _multiply_bytes(b, low, x[0], total))
+        total = b.shl(total, constant(lanes, 8))
+        return _multiply_bytes(b, high, x[3], _multiply_bytes(b, low, x[2], total))
+    for i, values in enumerate(x):  # a nibble of each word
+        nibbles = b.and_(shifted(4 * i), constant(words, 15))
+        total = b.add(total, _multiply_pairs(b, nibbles, b.bitcast(values, words)))
+    return total
+
+
+def _dot_i4(group: int) -> Any:
+    """Return `dot(codes, scales, minimums, distance, x, sums, n, factor, y)` of ROWS rows in groups of columns.
+
+    y[row] = factor * the sum over groups of scale * sum(code * x) + minimum * sum(x), where x is the int16 activations
+    as `order_for_i4` leaves them, sums those of each 32, and n how many 32 there are. The codes of a row are
+    `distance` times 16 bytes before those of the next: n, or 0 for the same row again.
+    """
+    share = group // 32
+
+    @intrinsic
+    def dot(
+        typing_context: Any,
+        codes: Any,
+        scales: Any,
+        minimums: Any,
+        distance: Any,
+        x: Any,
+        sums: Any,
+        n: Any,
+        factor: Any,
+        y: Any,
+    ) -> Any:
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            codes, scales, minimums, distance, x, sums, n, factor, y = arguments
+            constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
+
+            def step(row: Any, first: Any, count: int, total: Any, offset: Any) -> None:
+                """Do `count` times 32 columns."""
+                begin = b.add(first, b.mul(distance, row))
+                group = b.udiv(begin, constant(share))
+                kind = _vector(I16, count // share)
+                factors, lowest = (_half(b, _load(b, _offset(b, part, group, 2), kind)) for part in (scales, minimums))
+                lowest = _shuffle(b, lowest, lowest, [i // share for i in range(count)])
+                lowest = _multiply_add(b, lowest, _load(b, _offset(b, sums, first, 4), lowest.type), b.load(offset))
+                b.store(lowest, offset)
+                unit = UNIT if count >= UNIT else 1
+                kind = _vector(I8, 16 * unit)
+                for i in range(0, count, unit):
+                    at = _offset(b, _offset(b, x, first, 64), 64 * i)
+                    values = [_load(b, _offset(b, at, 16 * unit * part), kind) for part in range(4)]
+                    address = _offset(b, _offset(b, codes, begin, 16), 16 * i)
+                    _prefetch(b, _offset(b, address, AHEAD))
+                    packed = _load(b, address, kind)
+                    products = b.sitofp(_multiply_nibbles(b, packed, values), _vector(F32, 4 * unit))
+                    scale = _shuffle(b, factors, factors, [(i + j // 4) // share for j in range(4 * unit)])
+                    b.store(_multiply_add(b, products, scale, b.load(total)), total)
+
+            # a vector at a time, then group by group
+            counts = sorted({max(UNIT, share), share}, reverse=True)
+            rows = {count: _vector(F32, 4 * (UNIT if count >= UNIT else 1)) for count in counts}
+            memory = {count: cgutils.alloca_once(b, ir.ArrayType(kind, ROWS)) for count, kind in rows.items()}
+            with cgutils.for_range(b, constant(ROWS)) as row:
+                done = constant(0)
+                for count, kind in rows.items():
+                    (total,), (offset,) = (_accumulators(b, k, 1) for k in (kind, _vector(F32, count)))
+                    b.store(ir.Constant(kind, None), total)
+                    b.store(ir.Constant(offset.type.pointee, None), offset)
+                    steps = b.udiv(b.sub(n, done), constant(count))
+                    with cgutils.for_range(b, steps) as loop:
+                        step(row.index, b.add(done, b.mul(loop.index, constant(count))), count, total, offset)
+                    done = b.add(done, b.mul(steps, constant(count)))
+                    lowest = b.load(offset)
+                    lanes = [min(i, count) for i in range(kind.count)]
+                    lowest = _shuffle(b, lowest, ir.Constant(lowest.type, None), lanes)
+                    b.store(b.fadd(b.load(total), lowest), cgutils.gep_inbounds(b, memory[count], 0, row.index))
+            result = ir.Constant(_vector(F32, ROWS), None)
+            for array in memory.values():
+                vectors = [b.load(cgutils.gep_inbounds(b, array, 0, i)) for i in range(ROWS)]
+                result = b.fadd(result, _sum_rows(b, vectors))
+            _store(b, b.fmul(result, _broadcast(b, factor, result.type)), y)
+            return context.get_dummy_value()
+
+        return types.void(*[int64] * 7, float32, int64), build
+
+    return dot
+
+
+dot_i4_g32, dot_i4_g64, dot_i4_g128 = _dot_i4(32), _dot_i4(64), _dot_i4(128)
+
+
+@intrinsic
+def order_for_i4(typing_context: Any, x: Any, y: Any, n: Any) -> Any:
+    """Copy n times 32 int16 activations in the order in which `dot_i4` takes them: four vectors for UNIT times 32.
+
+    With BYTES they are the upper bytes, rounded, of columns 0..15 and 16..31 of each 32, then the lower bytes.
+    Without, the columns of the four nibbles of a word: 0, 2, .. 14, then 16, .. 30, then the odd ones.
+    """
+
+    def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        x, y, n = arguments
+        constant = lambda v: ir.Constant(n.type, v)  # noqa: E731
+        done = constant(0)
+        for unit in sorted({UNIT, 1}, reverse=True):
+            steps = b.udiv(b.sub(n, done), constant(unit))
+            with cgutils.for_range(b, steps) as loop:
+                start = b.mul(b.add(done, b.mul(loop.index, constant(unit))), constant(64))
+                values = _load(b, b.add(x, start), _vector(I16, 32 * unit))
+                if BYTES:
+                    split = _vector(I8, 64 * unit)
+                    upper = b.bitcast(b.add(values, ir.Constant(values.type, [128] * 32 * unit)), split)
+                    lower = b.bitcast(values, split)
+                    take = [
+                        (source, 2 * first + byte, 2, 16)
+                        for source, byte in ((upper, 1), (lower, 0))
+                        for first in (0, 16)
+                    ]
+                    size = 64
+                else:
+                    take = [(values, first, 2, 8) for first in (0, 16, 1, 17)]
+                    size = 32
+                for i, (source, first, stride, n_lanes) in enumerate(take):
+                    lanes = [size * g + first + stride * j for g in range(unit) for j in range(n_lanes)]
+                    _store(b, _shuffle(b, source, source, lanes), _offset(b, b.add(y, start), 16 * unit * i))
+            done = b.add(done, b.mul(steps, constant(unit)))
+        return context.get_dummy_value()
+
+    return types.void(int64, int64, int64), build
 
 
 def _multiply_tile(b: Any, arguments: Any, totals: Any, line: Any, multiply_add: Callable[..., Any]) -> None:
@@ -736,7 +833,7 @@ def quantize(x, token, n_in, levels):
     """Round a token's float activations to integers -levels..levels with one scale, and sum up each 32 of them."""
     never_inline()
     x = i64(x)
-    stride = x[X_STRIDE]
+    stride, padded = x[X_STRIDE], (n_in + 127) // 128 * 128  # the widest group
     source = x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4
     scale = max(largest(source, n_in, True), float32(1e-9)) / float32(levels)
     f32(x[X_SCALES])[token] = scale
@@ -744,10 +841,10 @@ def quantize(x, token, n_in, levels):
     source, codes = f32(source), i16(x[X_CODES] + token * stride * 2)
     for i in range(n_in):
         codes[i] = nearest(source[i] * inverse)
-    for i in range(n_in, stride):
+    for i in range(n_in, padded):
         codes[i] = 0
     sums = f32(x[X_SUMS] + token * stride // 32 * 4)
-    for group in range(stride // 32):
+    for group in range(padded // 32):
         total = int32(0)
         for i in range(32 * group, 32 * group + 32):
             total = int32(total + int32(codes[i]))
@@ -772,7 +869,7 @@ def quantize_to_bytes(x, token, n_in):
             total = int32(total + code)
         f32(x[X_GROUP_SCALES])[group] = scale
         i32(x[X_SUMS])[group] = int32(total * int32(128))
-    for i in range(n_in, stride):
+    for i in range(n_in, (n_in + 63) // 64 * 64):
         codes[i] = 0
 
 
@@ -1151,38 +1248,56 @@ def rows_f16(w, row, y):
         y[i] = half(values[i])
 
 
-@entry(7)
-def matmul_int4(w, x, y, y_stride, n_tokens, row_begin, row_end):
-    """Codes 0..15 in groups of 32 times int16 activations: per group scale * sum(code * x) + minimum * sum(x)."""
-    w, xs = i64(w), i64(x)
-    n_in, matrix, scales, minimums = w[W_N_IN], w[W_PART_0], w[W_PART_1], w[W_PART_2]
-    if n_tokens >= TILE:
-        for row in range(row_begin, row_end, PANEL):
-            n_rows, panel = min(PANEL, row_end - row), xs[X_PANEL]
-            if BYTES:
-                codes = panel + PANEL * xs[X_STRIDE]
-                scales = round_int4(w, row, n_rows, n_in, codes)
-                pack_bytes(codes, n_in, n_in, n_rows, panel)
-                matmul_tiles_i8(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
-            else:
-                for r in range(n_rows):
-                    unpack_int4(w, row + r, panel + r * 4, PANEL, n_in)
-                matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
-        return
-    n_groups = (n_in + 31) // 32
-    ordered, x_sums, x_bytes, x_scales = xs[X_PANEL], xs[X_SUMS], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
-    for token in range(n_tokens):
-        order_for_i4(xs[X_CODES] + token * x_bytes, ordered + token * x_bytes, n_groups)
-    for row in range(row_begin, row_end):
-        group = row * n_groups
+def _matmul_int4(dot: Any, group: int) -> Any:
+    """Return `matmul`: codes 0..15 times int16 activations; a row is padded to whole groups."""
+
+    @njit(**HELP)
+    def matmul_int4_groups(w, x, y, y_stride, n_tokens, row_begin, row_end):
+        if n_tokens >= TILE:
+            matmul_int4_by_tiles(w, x, y, y_stride, n_tokens, row_begin, row_end, group)
+            return
+        w, xs = i64(w), i64(x)
+        n_groups = (w[W_N_IN] + group - 1) // group
+        n = n_groups * (group // 32)
+        ordered, x_sums, x_bytes, x_scales = xs[X_PANEL], xs[X_SUMS], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
         for token in range(n_tokens):
-            source, sums = ordered + token * x_bytes, x_sums + token * x_bytes // 16
-            total = dot_i4(matrix + group * 16, scales + group * 2, minimums + group * 2, source, sums, n_groups)
-            f32(y)[token * y_stride + row] = total * x_scales[token]
+            order_for_i4(xs[X_CODES] + token * x_bytes, ordered + token * x_bytes, n)
+        several = row_end - row_begin >= ROWS
+        for begin in range(row_begin, row_end, ROWS if several else 1):
+            # the last rows overlap those before; fewer than ROWS are done one by one, each ROWS times at once
+            row, distance = (min(begin, row_end - ROWS), n) if several else (begin, 0)
+            codes, first = w[W_PART_0] + row * n * 16, row * n_groups * 2
+            scales, minimums = w[W_PART_1] + first, w[W_PART_2] + first
+            for token in range(n_tokens):
+                source, sums = ordered + token * x_bytes, x_sums + token * x_bytes // 16
+                to = y + (token * y_stride + row) * 4
+                products = to if several else xs[X_TILE]
+                dot(codes, scales, minimums, distance, source, sums, n, x_scales[token], products)
+                f32(to)[0] = f32(products)[0]
+
+    return matmul_int4_groups
 
 
 @njit(**HELP)
-def round_int4(w, row, n_rows, n_in, codes):
+def matmul_int4_by_tiles(w, x, y, y_stride, n_tokens, row_begin, row_end, group):
+    """Do TILE tokens or more."""
+    never_inline()
+    n_in, xs = i64(w)[W_N_IN], i64(x)
+    for row in range(row_begin, row_end, PANEL):
+        n_rows, panel = min(PANEL, row_end - row), xs[X_PANEL]
+        if BYTES:
+            codes = panel + PANEL * xs[X_STRIDE]
+            scales = round_int4(w, row, n_rows, n_in, group, codes)
+            pack_bytes(codes, n_in, n_in, n_rows, panel)
+            matmul_tiles_i8(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
+        else:
+            for r in range(n_rows):
+                unpack_int4(w, row + r, panel + r * 4, PANEL, n_in, group)
+            matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
+
+
+@njit(**HELP)
+def round_int4(w, row, n_rows, n_in, group, codes):
     """Round decoded rows to int8 with one scale a row, far below int4's own error; return their address.
 
     The scales and one decoded row follow the codes, int8 [n_rows, n_in], in the scratch.
@@ -1191,7 +1306,7 @@ def round_int4(w, row, n_rows, n_in, codes):
     scales = (codes + PANEL * n_in + 63) // 64 * 64
     values = scales + PANEL * 4
     for r in range(n_rows):
-        unpack_int4(w, row + r, values, 1, n_in)
+        unpack_int4(w, row + r, values, 1, n_in, group)
         scale = max(largest(values, n_in, True), float32(1e-9)) / float32(127)
         f32(scales)[r] = scale
         source, to, inverse = f32(values), i8(codes + r * n_in), float32(1) / scale
@@ -1201,14 +1316,14 @@ def round_int4(w, row, n_rows, n_in, codes):
 
 
 @njit(**HELP)
-def unpack_int4(w, row, y, step, n_in):
+def unpack_int4(w, row, y, step, n_in, group):
     """Decode a row into the floats y[0], y[step], y[2 step], ..."""
-    y = f32(y)
-    n_groups = (n_in + 31) // 32
+    w, y = i64(w), f32(y)
+    n_groups, share = (n_in + group - 1) // group, group // 32
     scales, minimums = u16(w[W_PART_1] + row * n_groups * 2), u16(w[W_PART_2] + row * n_groups * 2)
-    for group in range(n_groups):
-        codes, begin = u8(w[W_PART_0] + (row * n_groups + group) * 16), group * 32
-        scale, minimum = half(scales[group]), half(minimums[group])
+    for i in range((n_in + 31) // 32):
+        codes, begin = u8(w[W_PART_0] + (row * n_groups * share + i) * 16), i * 32
+        scale, minimum = half(scales[i // share]), half(minimums[i // share])
         if begin + 32 <= n_in:
             for j in range(16):
                 y[(begin + j) * step] = float32(int32(codes[j]) & int32(15)) * scale + minimum
@@ -1219,10 +1334,49 @@ def unpack_int4(w, row, y, step, n_in):
                 y[(begin + j) * step] = float32(code) * scale + minimum
 
 
+matmul_int4_by_32 = _matmul_int4(dot_i4_g32, 32)
+
+
+@entry(7)
+def matmul_int4(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes [n_out, n_in / 2], scales and minimums f16 [n_out, n_in / 32]."""
+    matmul_int4_by_32(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+
 @entry(3)
 def rows_int4(w, row, y):
     """Decode one row into float32."""
-    unpack_int4(i64(w), row, y, 1, i64(w)[W_N_IN])
+    unpack_int4(w, row, y, 1, i64(w)[W_N_IN], 32)
+
+
+matmul_int4_by_64 = _matmul_int4(dot_i4_g64, 64)
+
+
+@entry(7)
+def matmul_int4_g64(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes as of int4, scales and minimums for 64 columns."""
+    matmul_int4_by_64(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+
+@entry(3)
+def rows_int4_g64(w, row, y):
+    """Decode one row into float32."""
+    unpack_int4(w, row, y, 1, i64(w)[W_N_IN], 64)
+
+
+matmul_int4_by_128 = _matmul_int4(dot_i4_g128, 128)
+
+
+@entry(7)
+def matmul_int4_g128(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes as of int4, scales and minimums for 128 columns."""
+    matmul_int4_by_128(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+
+@entry(3)
+def rows_int4_g128(w, row, y):
+    """Decode one row into float32."""
+    unpack_int4(w, row, y, 1, i64(w)[W_N_IN], 128)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ class Activations:
     Parameters
     ----------
     n_tokens, n_in, n_embd : int
-        The most that must fit; n_in is a multiple of 64.
+        The most that must fit; n_in is a multiple of 128.
     panel, tile : ndarray, dtype=float32
         Scratch of a thread: an unpacked tile of the matrix, n_in * PANEL, and its products, TILE * PANEL.
     """
@@ -250,8 +250,11 @@ def describe(weight: Weight) -> NDArray[np.int64]:
 
 
 def levels(n_in: int) -> int:
-    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum."""
-    return min(2**15 - 1, (2**31 - 1) // (127 * n_in))
+    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum.
+
+    At most what 256 times an int8 and another int8 can say: `order_for_i4` takes them apart.
+    """
+    return min(127 * 256 + 127, (2**31 - 1) // (127 * n_in))
 
 
 def aligned(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
@@ -274,5 +277,5 @@ def _bits(value: float) -> int:
 
 
 def _padded(n: int) -> int:
-    """Round up to a multiple of 64."""
-    return -(-n // 64) * 64
+    """Round up to a multiple of 128, the widest group of columns."""
+    return -(-n // 128) * 128
