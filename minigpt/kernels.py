@@ -366,6 +366,35 @@ def dot_blocks(typing_context: Any, w: Any, columns: Any, x: Any, n: Any) -> Any
     return int32(int64, int64, int64, int64), build
 
 
+def _dot_i8_groups(group: int) -> Any:
+    """Return `dot(w, scales, x, n_groups)`: the float32 sum of scale * sum(w * x) over groups of int8 times int16."""
+    width = VECTOR // 2
+
+    @intrinsic
+    def dot(typing_context: Any, w: Any, scales: Any, x: Any, n_groups: Any) -> Any:
+        def build(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            w, scales, x, n_groups = arguments
+            (total,) = _accumulators(b, _vector(F32, width // 2), 1)
+            with cgutils.for_range(b, n_groups) as loop:
+                products = ir.Constant(_vector(I32, width // 2), None)
+                for i in range(0, group, width):
+                    start = b.add(b.mul(loop.index, ir.Constant(n_groups.type, group)), ir.Constant(n_groups.type, i))
+                    codes = b.sext(_load(b, b.add(w, start), _vector(I8, width)), _vector(I16, width))
+                    values = _load(b, _offset(b, x, start, 2), codes.type)
+                    products = b.add(products, _multiply_pairs(b, codes, values))
+                products = b.sitofp(products, _vector(F32, width // 2))
+                scale = _half(b, _load(b, _offset(b, scales, loop.index, 2), I16))
+                b.store(_multiply_add(b, products, _broadcast(b, scale, products.type), b.load(total)), total)
+            return _sum(b, b.load(total))
+
+        return float32(*[int64] * 4), build
+
+    return dot
+
+
+dot_i8_g32, dot_i8_g64, dot_i8_g128 = _dot_i8_groups(32), _dot_i8_groups(64), _dot_i8_groups(128)
+
+
 def _moves(mask: int) -> list[int]:
     """Return the bytes of a word that move up by 4, by 2 and by 1 to spread over the bits of a mask, and those kept."""
     selected = [0, 0, 0, 0]
@@ -1158,6 +1187,90 @@ def rows_block_int8(w, row, y):
         codes, begin = i8(w[W_PART_2] + block * 32), int64(u16(w[W_PART_1])[block]) * 32
         for i in range(min(32, n_in - begin)):
             y[begin + i] = float32(codes[i]) * scale
+
+
+def _matmul_int8_groups(dot: Any, group: int) -> Any:
+    """Return `matmul`: codes int8, padded to whole groups with a scale in f16 each, times int16 activations.
+
+    Tiles are of floats: rounding to one scale a row would lose what the groups are for.
+    """
+
+    @njit(**HELP)
+    def matmul_int8_groups(w, x, y, y_stride, n_tokens, row_begin, row_end):
+        n_in, xs = i64(w)[W_N_IN], i64(x)
+        if n_tokens >= TILE:
+            for row in range(row_begin, row_end, PANEL):
+                n_rows = min(PANEL, row_end - row)
+                for r in range(n_rows):
+                    unpack_int8_groups(w, row + r, xs[X_PANEL] + r * 4, PANEL, n_in, group)
+                matmul_tiles_f32(x, y, y_stride, n_tokens, row, n_rows, n_in)
+            return
+        n_groups = (n_in + group - 1) // group
+        x_codes, x_bytes, x_scales = xs[X_CODES], xs[X_STRIDE] * 2, f32(xs[X_SCALES])
+        for row in range(row_begin, row_end):
+            codes, scales = i64(w)[W_PART_0] + row * n_groups * group, i64(w)[W_PART_1] + row * n_groups * 2
+            for token in range(n_tokens):
+                total = dot(codes, scales, x_codes + token * x_bytes, n_groups)
+                f32(y)[token * y_stride + row] = total * x_scales[token]
+
+    return matmul_int8_groups
+
+
+@njit(**HELP)
+def unpack_int8_groups(w, row, y, step, n_in, group):
+    """Decode a row into the floats y[0], y[step], y[2 step], ..."""
+    w, y = i64(w), f32(y)
+    n_groups = (n_in + group - 1) // group
+    codes, scales = i8(w[W_PART_0] + row * n_groups * group), u16(w[W_PART_1] + row * n_groups * 2)
+    for begin in range(0, n_in, group):
+        scale = half(scales[begin // group])
+        for i in range(begin, min(begin + group, n_in)):
+            y[i * step] = float32(codes[i]) * scale
+
+
+matmul_int8_by_32 = _matmul_int8_groups(dot_i8_g32, 32)
+
+
+@entry(7)
+def matmul_int8_g32(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes [n_out, n_in], scales f16 [n_out, n_in / 32]."""
+    matmul_int8_by_32(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+
+@entry(3)
+def rows_int8_g32(w, row, y):
+    """Decode one row into float32."""
+    unpack_int8_groups(w, row, y, 1, i64(w)[W_N_IN], 32)
+
+
+matmul_int8_by_64 = _matmul_int8_groups(dot_i8_g64, 64)
+
+
+@entry(7)
+def matmul_int8_g64(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes [n_out, n_in], scales f16 [n_out, n_in / 64]."""
+    matmul_int8_by_64(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+
+@entry(3)
+def rows_int8_g64(w, row, y):
+    """Decode one row into float32."""
+    unpack_int8_groups(w, row, y, 1, i64(w)[W_N_IN], 64)
+
+
+matmul_int8_by_128 = _matmul_int8_groups(dot_i8_g128, 128)
+
+
+@entry(7)
+def matmul_int8_g128(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Codes [n_out, n_in], scales f16 [n_out, n_in / 128]."""
+    matmul_int8_by_128(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+
+@entry(3)
+def rows_int8_g128(w, row, y):
+    """Decode one row into float32."""
+    unpack_int8_groups(w, row, y, 1, i64(w)[W_N_IN], 128)
 
 
 @entry(7)
