@@ -16,9 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_name
@@ -27,7 +25,6 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from minigpt import layout
 from minigpt.layout import *  # indices of fields: W_ of a matrix, X_ activations, L_ a layer, P_ a program, T_ a team
 
 # Reductions may be reordered and multiply-adds fused; NaN and infinity keep their meaning. Division by zero gives
@@ -50,21 +47,17 @@ def entry(n_arguments: int, result: Any = types.void) -> Callable[[Callable[...,
     """Register a function of int64 arguments as an entry point under its own name."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        # numba's cache does not notice a changed import: a name that holds the layout's checksum makes it look again
-        function.__qualname__ += f"_{crc32(Path(layout.__file__).read_bytes()):08x}"
         ENTRIES[function.__name__] = (result(*[int64] * n_arguments), function)
         return function
 
     return register
 
 
-def compile_entry(name: str) -> Any:
-    """Return the numba `CFunc` of an entry point, from the cache if it is there."""
+def compile_entry(name: str) -> tuple[int, str, str, str, str]:
+    """Compile an entry point: its number of arguments, LLVM module and symbol, and the processor it is meant for."""
     signature, function = ENTRIES[name]
-    try:
-        return cfunc(signature, cache=True, **FAST)(function)
-    except RuntimeError:  # no folder for the cache can be written: compile again in every process
-        return cfunc(signature, **FAST)(function)
+    compiled = cfunc(signature, **FAST)(function)
+    return len(signature.args), compiled.inspect_llvm(), compiled.native_name, CPU, FEATURES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +66,7 @@ def compile_entry(name: str) -> Any:
 
 WANTED = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, or none of them for NUMBA_CPU_NAME=generic
 FEATURES = get_host_cpu_features() if WANTED is None else WANTED
+CPU = getattr(config, "CPU_NAME", None) or get_host_cpu_name()
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 VECTOR = 64 if "+avx512bw" in FEATURES else 32 if "+avx2" in FEATURES else 16  # bytes of a vector register
 HALF_IN_HARDWARE = not X86 or "+f16c" in FEATURES  # else the conversion would call a library
@@ -82,7 +76,6 @@ PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
 BYTES = (VECTOR == 64 and "+avx512vnni" in FEATURES) or (VECTOR == 32 and "+avxvnni" in FEATURES)
 EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURES  # spreads bytes over a mask's bits
 # The same for 8 bytes in a word; before Zen 3, AMD took hundreds of cycles for it
-CPU = getattr(config, "CPU_NAME", None) or get_host_cpu_name()
 DEPOSITS = X86 and "+bmi2" in FEATURES and CPU not in ("znver1", "znver2")
 GROUP = 64  # int8 activations that share a scale: an outlier spoils no more than these
 TILE = 6 if X86 and VECTOR < 64 else 12  # tokens of a tile: 2 * TILE accumulators must fit the 16 or 32 registers

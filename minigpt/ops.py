@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable
+from ctypes import CFUNCTYPE, c_int64
 from dataclasses import dataclass
 from typing import Any
 
+from minigpt import objects
 from minigpt.errors import BackendError
 
 BACKENDS = ("auto", "numba", "numpy")
@@ -29,7 +31,7 @@ class Kernel:
     address : int
         Where it is, for other kernels to call it.
     call : callable
-        The same through ctypes: releases the GIL while it runs.
+        The same through ctypes: releases the GIL while it runs. Most return nothing of meaning.
     """
 
     name: str
@@ -51,6 +53,8 @@ def backend() -> str:
         raise BackendError(f"MINIGPT_BACKEND must be one of {', '.join(BACKENDS)}, not {wanted!r}")
     if wanted == "numpy":
         return "numpy"
+    if _is_stored("forward"):
+        return "numba"
     try:
         from minigpt import kernels  # noqa: F401
     except Exception as error:  # not only ImportError: numba also refuses versions of NumPy and Python
@@ -62,7 +66,7 @@ def backend() -> str:
 
 @functools.cache
 def kernel(name: str) -> Kernel | None:
-    """Return a kernel, compiled or from numba's cache; None on the NumPy backend.
+    """Return a kernel, from an earlier process or compiled now; None on the NumPy backend.
 
     Raises
     ------
@@ -71,22 +75,37 @@ def kernel(name: str) -> Kernel | None:
     """
     if backend() == "numpy":
         return None
+    address, n_arguments = (_is_stored(name) and objects.load(name)) or _compile(name)
+    return Kernel(name, address, CFUNCTYPE(c_int64, *[c_int64] * n_arguments)(address))
+
+
+def _compile(name: str) -> tuple[int, int]:
     from minigpt import kernels
 
     if name not in kernels.ENTRIES:
         raise BackendError(f"there is no compiled kernel {name}; set MINIGPT_BACKEND=numpy")
+    while COMPILING:
+        COMPILING.pop()()
     try:
-        with _announced():
-            function = kernels.compile_entry(name)
+        return objects.store(name, *kernels.compile_entry(name))
     except Exception as error:
         raise BackendError(f"kernel {name} cannot be compiled ({error}); set MINIGPT_BACKEND=numpy") from error
-    return Kernel(name, function.address, function.ctypes)
+
+
+def _is_stored(name: str) -> bool:
+    """Tell whether the numba that is installed here has compiled a kernel before."""
+    try:
+        return objects.is_stored(name)
+    except ImportError:  # no numba, no llvmlite
+        return False
 
 
 def has_kernel(name: str) -> bool:
     """Tell whether the chosen backend knows a kernel, without compiling it."""
     if backend() == "numpy":
         return False
+    if _is_stored(name):
+        return True
     from minigpt import kernels
 
     return name in kernels.ENTRIES
@@ -96,18 +115,3 @@ def warmup(names: Iterable[str]) -> None:
     """Make kernels ready, so that no later call or process has to compile them."""
     for name in names:
         kernel(name)
-
-
-def _announced() -> Any:
-    """Return a context in which the first run of a compiler pass is told to the callbacks in `COMPILING`."""
-    from numba.core import event
-
-    class Listener(event.Listener):
-        def on_start(self, event: Any) -> None:
-            while COMPILING:
-                COMPILING.pop()()
-
-        def on_end(self, event: Any) -> None:
-            """Nothing to do, but numba requires it."""
-
-    return event.install_listener("numba:run_pass", Listener())

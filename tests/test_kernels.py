@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from minigpt import layout, reference
+from minigpt import layout, ops, reference
 from minigpt.encodings import ENCODINGS, encode
 
 pytest.importorskip("numba")
@@ -74,7 +74,7 @@ def activations(x, levels):
 @pytest.mark.parametrize("encoding", COMPILED)
 def test_matmul_equals_numpy(encoding, n_in):
     rng = np.random.default_rng(n_in)
-    matmul = kernels.compile_entry(f"matmul_{encoding}").ctypes
+    matmul = ops.kernel(f"matmul_{encoding}").call
     for n_out, n_tokens in [(1, 1), (70, 1), (5, 3), (33, 12), (70, 13), (64, 30)]:
         w = matrix(encoding, n_out, n_in, rng)
         x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
@@ -102,7 +102,7 @@ def test_extreme_codes_do_not_overflow(encoding):
     record = describe(w)
     memory, meant = activations(np.full((1, n_in), 3, np.float32), record[layout.W_LEVELS])
     y = np.zeros((1, 2), np.float32)
-    matmul = kernels.compile_entry(f"matmul_{encoding}").ctypes
+    matmul = ops.kernel(f"matmul_{encoding}").call
     matmul(record.ctypes.data, memory.record.ctypes.data, y.ctypes.data, 2, 1, 0, 2)
     np.testing.assert_allclose(y, meant @ w.decode().T, rtol=1e-4)
 
@@ -113,7 +113,7 @@ def test_rows_equal_decode(encoding, n_in):
     w = matrix(encoding, 3, n_in, np.random.default_rng(0))
     record, y = describe(w), np.zeros(n_in, np.float32)
     for row in range(3):
-        kernels.compile_entry(f"rows_{encoding}").ctypes(record.ctypes.data, row, y.ctypes.data)
+        ops.kernel(f"rows_{encoding}").call(record.ctypes.data, row, y.ctypes.data)
         np.testing.assert_allclose(y, w.decode()[row], rtol=1e-6, atol=1e-6)
 
 
@@ -178,9 +178,10 @@ def test_layer_norm_and_softmax_equal_numpy():
 
 LIST_REFERENCES = """
 import re
-from minigpt import kernels
+from minigpt import kernels, objects
 for name in kernels.ENTRIES:
-    text = kernels.compile_entry(name).inspect_llvm()
+    _, text, *_ = kernels.compile_entry(name)
+    assert not re.search(r"^declare [^@]*@(?!llvm[.])|^@[^\n]* = external", objects.closed(text), re.M)
     for symbol in re.findall(r'^declare [^@]*@"?([^"(]+)"?[(]', text, re.M):
         print(symbol)
     for symbol in re.findall(r'^@"?([^" ]+)"? = external', text, re.M):
@@ -189,7 +190,7 @@ for name in kernels.ENTRIES:
 
 
 def run_python(code, tmp_path, **environment):
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **environment}
+    environment = {**os.environ, "MINIGPT_CACHE_DIR": str(tmp_path), **environment}
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
@@ -203,11 +204,13 @@ def test_kernels_refer_to_nothing_outside(tmp_path):
 def test_portable_code_calls_no_library_and_uses_no_target_intrinsic(tmp_path):
     code = """
 import re
-from minigpt import kernels
+from llvmlite import binding
+from minigpt import kernels, objects
 assert kernels.VECTOR == 16 and not kernels.BYTES
 for name in ("matmul_int8", "matmul_f16", "matmul_int4"):
-    library = kernels.compile_entry(name)._library
-    print(*re.findall(r"(?:call|jmp)q?[ \\t]+(\\w+)@PLT|movabsq[ \\t]+[$](\\w+)", library.get_asm_str()))
+    _, module, _, cpu, features = kernels.compile_entry(name)
+    text = objects.machine(cpu, features).emit_assembly(binding.parse_assembly(module))
+    print(*re.findall(r"(?:call|jmp)q?[ \\t]+(\\w+)@PLT|movabsq[ \\t]+[$](\\w+)", text))
 """
     calls = " ".join(run_python(code, tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
     assert not re.search("fma|extendhf|gnu_h2f|rint|floor|sqrt|exp", calls)
