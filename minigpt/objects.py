@@ -21,7 +21,7 @@ from typing import Any
 SOURCES = ("kernels.py", "layout.py")
 SYMBOL = "minigpt_kernel"  # the one name that an object exports
 # numba's error path: exceptions, the GIL, reference counts; kernels cannot get there
-DECLARED = re.compile(r"^declare ([^\n]*@(?!"?llvm\.)[^\n]*\))[^\n]*$", re.MULTILINE)
+DECLARED = re.compile(r'^declare ([^\n]*@(?!"?llvm\.)[^\n]*\))[^\n]*$', re.MULTILINE)
 EXTERNAL = re.compile(r"^(@\S+ = )external (?:\w+ )*?(global|constant) ([^\n]*?)(?:, align \d+)?$", re.MULTILINE)
 
 _ENGINES: list[Any] = []  # they own the code whose addresses are in use
