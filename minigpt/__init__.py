@@ -17,10 +17,11 @@ from minigpt.errors import MinigptError
 if TYPE_CHECKING:
     from minigpt.api import MiniGPT, load
     from minigpt.checkpoint import Checkpoint
+    from minigpt.compress import compress
 
-_HOMES = {"load": "api", "MiniGPT": "api", "Checkpoint": "checkpoint"}
+_HOMES = {"load": "api", "MiniGPT": "api", "Checkpoint": "checkpoint", "compress": "compress"}
 
-__all__ = ["Checkpoint", "MiniGPT", "MinigptError", "load"]
+__all__ = ["Checkpoint", "MiniGPT", "MinigptError", "compress", "load"]
 
 
 def __getattr__(name: str) -> Any:

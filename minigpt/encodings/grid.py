@@ -18,6 +18,7 @@ from minigpt.errors import EncodingError
 Mask = NDArray[np.bool_]
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
+ROUND_WEIGHTS = 1 << 21  # rounded at a time: the intermediates of a large table would be five times its size
 
 
 class Grid(NamedTuple):
@@ -76,7 +77,12 @@ class OnGrid(Encoding):
         return np.clip(np.rint((w - minimums) / steps), self.lowest, self.highest)
 
     def encode(self, w: Floats) -> Parts:
-        """Round every weight to the nearest point of the grid."""
+        """Round every weight to the nearest point of the grid, a few rows at a time where rows are independent."""
+        step = len(w) if self.sparse else max(1, ROUND_WEIGHTS // w.shape[1])
+        blocks = [self._encode(w[begin : begin + step]) for begin in range(0, len(w), step)]
+        return {part: np.concatenate([block[part] for block in blocks]) for part in blocks[0]}
+
+    def _encode(self, w: Floats) -> Parts:
         grid = self.grid(w)
         codes = self.round(w, *grid.columns(w.shape[1], self.group))
         return self.pack(codes.astype(np.int16), grid, self.kept(w))
