@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress.calibration import LINEARS, Calibration, Statistics, Weights, by_layer, collect, required
+from minigpt.compress.calibration import LINEARS, Calibration, Statistics, Weights, by_layer, required
 from minigpt.compress.step import choice, noted, number, step, switch, text, updated, whole
 from minigpt.compress.sweep import damp
 from minigpt.compress.walk import Seen, by_linear
@@ -123,19 +123,25 @@ def codebook(
 ) -> Checkpoint:
     """Let the blocks' matrices have 16 values a row, or 256 a matrix, chosen by k-means (SqueezeLLM, Kim et al. 2023).
 
-    Weighted: the squared error of a weight counts as much as the mean square of its input.
+    Weighted: the squared error of a weight counts as much as the variance of its input.
     """
     kind = CODEBOOKS[encoding]()
-    squares: dict[str, Floats] = {}
+    names = [name for i in range(checkpoint.config.n_layer) for name in matching(checkpoint, i, only)]
+
+    def change(name: str, weights: Weights, seen: Seen | None) -> dict[str, Floats | Weight]:
+        if name not in names:
+            return {}
+        w = weights[f"{name}.weight"].decode()
+        if seen is None:
+            return {f"{name}.weight": Weight(kind, w.shape, kind.encode(w))}
+        weight = Weight(kind, w.shape, kind.encode(seen.target(w), np.diagonal(seen.covariance)))
+        return {f"{name}.weight": weight, f"{name}.bias": seen.bias(weight.decode())}
+
     if weighted:
-        text_ = required(calibration, "a codebook weighted by sensitivity")
-        squares = {name: s.square for name, s in collect(checkpoint, text_).items()}
-    changes: dict[str, Floats | Weight] = {}
-    for i in range(checkpoint.config.n_layer):
-        for name in matching(checkpoint, i, only):
-            w = checkpoint.weights[f"{name}.weight"].decode()
-            changes[f"{name}.weight"] = Weight(kind, w.shape, kind.encode(w, squares.get(name)))
-    return updated(checkpoint, changes)
+        return by_linear(checkpoint, required(calibration, "a codebook weighted by sensitivity"), change)
+    for name in names:
+        checkpoint = updated(checkpoint, change(name, checkpoint.weights, None))
+    return checkpoint
 
 
 @step(layers=whole(2), only=ONLY)
