@@ -69,9 +69,7 @@ class Config:
             _check_size(field, getattr(self, field))
         for field in ("n_head", "n_inner", "attn_scale"):
             if len(values := getattr(self, field)) != self.n_layer:
-                raise ConfigError(
-                    f"{field} must give one value for each of {self.n_layer} layers, not {len(values)}"
-                )
+                raise ConfigError(f"{field} must give one value for each of {self.n_layer} layers, not {len(values)}")
         for field in ("n_head", "n_inner"):
             for value in getattr(self, field):
                 _check_size(field, value)
@@ -101,9 +99,7 @@ class Config:
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - set(known)):
-            raise ConfigError(
-                f"unknown configuration field {unknown[0]!r}; upgrade minigpt or convert the model again"
-            )
+            raise ConfigError(f"unknown configuration field {unknown[0]!r}; upgrade minigpt or convert the model again")
         required = {n for n, f in known.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(fields)):
             raise ConfigError(f"the configuration lacks {missing[0]!r}; convert the model again")
@@ -204,9 +200,7 @@ class Checkpoint:
         """
         shapes = self.config.shapes()
         if missing := [name for name in shapes if name not in self.weights]:
-            raise ConfigError(
-                f"tensor {missing[0]} is missing; the configuration needs {len(shapes)} tensors"
-            )
+            raise ConfigError(f"tensor {missing[0]} is missing; the configuration needs {len(shapes)} tensors")
         for name, weight in self.weights.items():
             if name not in shapes:
                 raise ConfigError(f"tensor {name} has no place in a model of {self.config.n_layer} layers")
@@ -215,9 +209,7 @@ class Checkpoint:
             if len(weight.shape) == 1 and weight.encoding.name != "f32":
                 raise ConfigError(f"the vector {name} must be f32, not {weight.encoding.name}")
         if len(self.vocabulary) != self.config.vocab_size:
-            raise ConfigError(
-                f"{len(self.vocabulary)} tokens do not fit a vocab_size of {self.config.vocab_size}"
-            )
+            raise ConfigError(f"{len(self.vocabulary)} tokens do not fit a vocab_size of {self.config.vocab_size}")
 
     @property
     def tied(self) -> bool:
@@ -260,9 +252,7 @@ def save(checkpoint: Checkpoint, path: str | PathLike[str]) -> None:
             "vocabulary": {"special_tokens": vocabulary.special_tokens},
             "history": list(checkpoint.history),
         },
-        tensors={
-            n: mgpt.Tensor(w.encoding.name, w.shape, w.parts) for n, w in weights.items() if n not in aliases
-        },
+        tensors={n: mgpt.Tensor(w.encoding.name, w.shape, w.parts) for n, w in weights.items() if n not in aliases},
         aliases=aliases,
         blobs={
             "vocabulary.token_bytes": vocabulary.token_bytes,
@@ -294,9 +284,7 @@ def load(path: str | PathLike[str]) -> Checkpoint:
         )
         history = tuple(dict(entry) for entry in contents.meta["history"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(
-            f"{path} is a container without a complete model ({error}); convert it again"
-        ) from None
+        raise FormatError(f"{path} is a container without a complete model ({error}); convert it again") from None
     weights = {name: _weight(name, tensor) for name, tensor in contents.tensors.items()}
     weights |= {alias: weights[name] for alias, name in contents.aliases.items()}
     return Checkpoint(config, vocabulary, weights, history)

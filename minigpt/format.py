@@ -404,11 +404,7 @@ def _nested(value: dict[str, Any] | list[Any]) -> list[Any]:
 
 def _shape(value: object, label: str) -> tuple[int, ...]:
     """Return a shape as a tuple of Python integers, which do not wrap when multiplied."""
-    if not (
-        isinstance(value, list)
-        and 1 <= len(value) <= MAX_RANK
-        and all(_is_int(dim, 1, MAX_DIM) for dim in value)
-    ):
+    if not (isinstance(value, list) and 1 <= len(value) <= MAX_RANK and all(_is_int(dim, 1, MAX_DIM) for dim in value)):
         allowed = f"1 to {MAX_RANK} dimensions of 1 to {MAX_DIM}"
         raise FormatError(f"{label} has shape {_brief(value)}, allowed {allowed}")
     return tuple(value)

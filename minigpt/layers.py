@@ -81,9 +81,7 @@ def mlp(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
     return linear(weights, f"h.{i}.mlp.c_proj", act(linear(weights, f"h.{i}.mlp.c_fc", x)))
 
 
-def block(
-    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Run]
-) -> Floats:
+def block(weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Run]) -> Floats:
     """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
     epsilon = config.layer_norm_epsilon
     x = x + attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch)

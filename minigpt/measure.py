@@ -255,7 +255,7 @@ STAGES = {  # what a process does up to its first token and on; the first is the
     "numpy": "import numpy",
     "minigpt": "import minigpt; minigpt.load; from minigpt import model as m, ops, tokenizer",
     "file": "checkpoint = minigpt.checkpoint.load(path)",
-    "numba": "ops.backend()",
+    "backend": "ops.backend()",
     "kernels": "model = m.GPT2(checkpoint, n_threads)",
     "tokenizer": "ids = tokenizer.Tokenizer(checkpoint.vocabulary).encode(text)[:16]",
     "first token": "cache = m.KVCache(model.config); token = model.forward(ids, cache)[0].argmax()",

@@ -181,9 +181,7 @@ class Tokenizer:
             merges = [(left, right) for left, right in merges if left + right in vocab]
         try:
             pipeline = Pipeline(models.BPE(vocab=vocab, merges=merges))
-        except (
-            Exception
-        ) as error:  # plain Exception is what the library raises for a merge that makes no token
+        except Exception as error:  # plain Exception is what the library raises for a merge that makes no token
             raise TokenizerError(f"a merge makes no token ({error}); convert the model again") from None
         pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         return pipeline

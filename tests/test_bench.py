@@ -25,7 +25,7 @@ def test_json(model_file, capsys):
     assert report["bytes_per_token"] == sum(report["bytes_per_token_by_part"].values()) > 0
     assert (report["prompt"], report["tokens"], report["runs"]) == (8, 4, 1)
     assert report["machine"]["threads"] == 1
-    assert set(report["stages"]["numba"]) == {"seconds", "cpu_s", "megabytes"}
+    assert set(report["stages"]["backend"]) == {"seconds", "cpu_s", "megabytes"}
 
 
 def test_table(model_file, capsys):

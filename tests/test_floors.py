@@ -59,9 +59,7 @@ def test_imports_go_down(path):
         if other in ROOF or other == module or (module, other) in WITHIN:
             continue
         assert other in FLOOR_OF, f"{path} imports minigpt.{other}, which has no floor"
-        assert FLOOR_OF[other] < FLOOR_OF[module], (
-            f"{path} imports minigpt.{other} from its own floor or above"
-        )
+        assert FLOOR_OF[other] < FLOOR_OF[module], f"{path} imports minigpt.{other} from its own floor or above"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -108,9 +108,7 @@ def edited(path: Path, *keys: str, to: object) -> Path:
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = to
-    return with_json(
-        path, json.dumps(header, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-    )
+    return with_json(path, json.dumps(header, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode())
 
 
 def refused(path: object, pattern: str, by=read) -> None:
@@ -158,9 +156,7 @@ def test_order_of_insertion_does_not_matter(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "change", [np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, 1)[:, ::2]]
-)
+@pytest.mark.parametrize("change", [np.asfortranarray, lambda a: a.astype(">f4"), lambda a: np.repeat(a, 2, 1)[:, ::2]])
 def test_layout_in_memory_does_not_matter(tmp_path, change):
     a = np.arange(12, dtype=np.float32).reshape(3, 4)
     write(tmp_path / "a", Contents({}, {}, {}, {"a": a}))
@@ -318,9 +314,7 @@ def test_foreign_file(tmp_path, data, pattern):
     refused(tmp_path / "a", pattern)
 
 
-@pytest.mark.parametrize(
-    "change", [(b"\r\n", b"\n"), (b"\n", b"\r\n"), (b"\x89", b"\t"), (b"\x89", "\ufffd".encode())]
-)
+@pytest.mark.parametrize("change", [(b"\r\n", b"\n"), (b"\n", b"\r\n"), (b"\x89", b"\t"), (b"\x89", "\ufffd".encode())])
 def test_damage_of_text_mode(small, change):
     small.write_bytes(small.read_bytes().replace(*change))
     refused(small, "binary mode")
@@ -460,9 +454,7 @@ def test_bad_encoding_name(small, name):
 
 
 def test_bad_part_name(small):
-    refused(
-        edited(small, "tensors", "wte", "parts", "a\x1b", to={}), r"part of tensor 'wte' is named 'a\\x1b'"
-    )
+    refused(edited(small, "tensors", "wte", "parts", "a\x1b", to={}), r"part of tensor 'wte' is named 'a\\x1b'")
 
 
 @pytest.mark.parametrize("dtype", ["f64", "F32", "", "i1", None, 4, ["f32"], {}])
@@ -497,9 +489,7 @@ def test_dtype_of_another_size(small):
 )
 @pytest.mark.parametrize("keys", [("blobs", "text", "shape"), ("tensors", "wte", "shape")])
 def test_bad_shape(small, shape, keys):
-    refused(
-        edited(small, *keys, to=shape), "(blob 'text'|tensor 'wte') has shape .*, allowed 1 to 4 dimensions"
-    )
+    refused(edited(small, *keys, to=shape), "(blob 'text'|tensor 'wte') has shape .*, allowed 1 to 4 dimensions")
 
 
 @pytest.mark.parametrize("shape", [[2], [4], [65536] * 4, [2**31 - 1] * 4, [2**31 - 1, 2**31 - 1, 4, 3]])
@@ -510,9 +500,7 @@ def test_shape_that_does_not_fit_the_file_or_wraps(small, shape):
 @pytest.mark.parametrize("key", ["begin", "offset", "alignment"])
 def test_offsets_cannot_be_stated(small, key):
     part = {"crc32": 0, "dtype": "u8", "shape": [3]}
-    refused(
-        edited(small, "blobs", "text", to=part | {key: 448}), "blob 'text' is not an object with the keys"
-    )
+    refused(edited(small, "blobs", "text", to=part | {key: 448}), "blob 'text' is not an object with the keys")
 
 
 @pytest.mark.parametrize("part", [{}, None, [], 3, "text", {"crc32": 0, "dtype": "u8"}])
@@ -535,9 +523,7 @@ def test_bad_crc32(small, crc32):
     refused(edited(small, "blobs", "text", "crc32", to=crc32), "blob 'text' has crc32")
 
 
-@pytest.mark.parametrize(
-    "aliases", [{"head": "wpe"}, {"head": "head"}, {"wte": "wte"}, {"a": None}, {"a": ["wte"]}]
-)
+@pytest.mark.parametrize("aliases", [{"head": "wpe"}, {"head": "head"}, {"wte": "wte"}, {"a": None}, {"a": ["wte"]}])
 def test_bad_alias(small, aliases):
     refused(edited(small, "aliases", to=aliases), "alias")
 

@@ -130,9 +130,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_at_once():
         generate(FakeGPT2(n_positions=16), [1] * 17)
 
 
-@pytest.mark.parametrize(
-    ("n_prompt", "head", "expected_head"), [(3, None, 3), (9, None, 4), (9, 2, 2), (9, 0, 0)]
-)
+@pytest.mark.parametrize(("n_prompt", "head", "expected_head"), [(3, None, 3), (9, None, 4), (9, 2, 2), (9, 0, 0)])
 @pytest.mark.parametrize("n", [1, 3])
 def test_context_shift_keeps_the_head_and_evaluates_a_tail(n_prompt, head, expected_head, n):
     model = FakeGPT2(n_positions=16, vocab_size=7)
@@ -147,9 +145,7 @@ def test_context_shift_keeps_the_head_and_evaluates_a_tail(n_prompt, head, expec
         expected.append(id)
         text.append(id)
         seen.append(id)
-    steps = list(
-        generate(model, prompt, options=GREEDY, max_tokens=40, n=n, context_shift=True, keep_head=head)
-    )
+    steps = list(generate(model, prompt, options=GREEDY, max_tokens=40, n=n, context_shift=True, keep_head=head))
     for s in range(n):
         assert [step.id for step in steps if step.sequence == s] == expected
 
@@ -247,9 +243,7 @@ def all_hypotheses(model, prompt, limit, stops, penalty):
 def test_wide_beams_find_what_exhaustive_search_finds(penalty, stops):
     model = FakeGPT2(vocab_size=4)
     expected = all_hypotheses(model, [1, 2], 3, stops, penalty)[:3]
-    found = beam_search(
-        model, [1, 2], n_beams=64, n_hypotheses=3, length_penalty=penalty, max_tokens=3, stop_ids=stops
-    )
+    found = beam_search(model, [1, 2], n_beams=64, n_hypotheses=3, length_penalty=penalty, max_tokens=3, stop_ids=stops)
     assert [(h.ids, h.finish_reason) for h in found] == [(h.ids, h.finish_reason) for h in expected]
     np.testing.assert_allclose([h.score for h in found], [h.score for h in expected], atol=1e-5)
 
@@ -306,13 +300,9 @@ def test_wide_beams_find_what_exhaustive_search_finds(penalty, stops):
 def test_beam_search_equals_transformers(tmp_path, prompt, stops, penalty, limit, expected):
     source, _ = assemble("base", tmp_path / "source")
     model = GPT2(convert(source, tmp_path / "model.mgpt"))
-    found = beam_search(
-        model, prompt, n_hypotheses=3, stop_ids=stops, length_penalty=penalty, max_tokens=limit
-    )
+    found = beam_search(model, prompt, n_hypotheses=3, stop_ids=stops, length_penalty=penalty, max_tokens=limit)
     assert [hypothesis.ids for hypothesis in found] == [ids for ids, _ in expected]
-    np.testing.assert_allclose(
-        [hypothesis.score for hypothesis in found], [x for _, x in expected], rtol=1e-4
-    )
+    np.testing.assert_allclose([hypothesis.score for hypothesis in found], [x for _, x in expected], rtol=1e-4)
 
 
 def test_one_beam_is_greedy():

@@ -39,7 +39,7 @@ def test_a_second_process_does_without_numba(tmp_path):
 
 
 def test_another_processor_gets_its_own(tmp_path):
-    use(tmp_path)
+    use(tmp_path, NUMBA_CPU_NAME="", NUMBA_CPU_FEATURES="")
     use(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
     assert len({path.parent for path in stored(tmp_path)}) == 2
 

@@ -256,9 +256,7 @@ def test_no_token_left(temperature):
     st.integers(0, 2**63),
 )
 def test_any_mixture_gives_an_allowed_id(logits, temperature, k, p, floor, typical, seed):
-    options = SamplingOptions(
-        temperature=temperature, top_k=k, top_p=p, min_p=floor, typical_p=typical, seed=seed
-    )
+    options = SamplingOptions(temperature=temperature, top_k=k, top_p=p, min_p=floor, typical_p=typical, seed=seed)
     values = np.array(logits, np.float32)
     id = make_sampler(options)(values, [0])
     assert 0 <= id < len(logits)

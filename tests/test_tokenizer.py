@@ -280,9 +280,7 @@ def test_normalizers_and_stripping_tokens_are_refused_by_name(document):
 # ---- a real one --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    "MINIGPT_TEST_MODELS" not in os.environ, reason="MINIGPT_TEST_MODELS names no folder of models"
-)
+@pytest.mark.skipif("MINIGPT_TEST_MODELS" not in os.environ, reason="MINIGPT_TEST_MODELS names no folder of models")
 def test_gpt2_itself():
     from tokenizers import Tokenizer as Pipeline
 
