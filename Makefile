@@ -10,6 +10,7 @@ demo: $(VENV)/.demo
 
 test: check
 	$(BIN)/python -m pytest
+	MINIGPT_BACKEND=numpy $(BIN)/python -m pytest
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

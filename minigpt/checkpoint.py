@@ -236,16 +236,16 @@ def encoding_for(name: str, encoding: str) -> str:
 
 
 def save(checkpoint: Checkpoint, path: str | PathLike[str]) -> None:
-    """Write a checkpoint to a `.mgpt` file, atomically; a tied head is written once.
+    """Write a checkpoint to a `.mgpt` file, atomically; a Weight with several names, as a tied head, is written once.
 
     Raises
     ------
     FormatError
         If the file cannot be written; the file that was there before is kept.
     """
-    vocabulary = checkpoint.vocabulary
-    weights = dict(checkpoint.weights)
-    aliases = {"lm_head.weight": "wte.weight"} if checkpoint.tied else {}
+    vocabulary, weights = checkpoint.vocabulary, dict(checkpoint.weights)
+    first = {id(weight): name for name, weight in reversed(weights.items())}  # the name of each distinct Weight
+    aliases = {name: first[id(weight)] for name, weight in weights.items() if first[id(weight)] != name}
     contents = mgpt.Contents(
         meta={
             "config": checkpoint.config.to_json(),

@@ -140,3 +140,15 @@ def test_containers_that_hold_no_model(tmp_path, model_file):
         mgpt.write(tmp_path / "broken.mgpt", broken)
         with pytest.raises(error, match=message):
             cp.load(tmp_path / "broken.mgpt")
+
+
+def test_layers_that_share_a_matrix_store_it_once(tmp_path):
+    checkpoint = small_checkpoint(n_head=(3, 3), n_inner=(100, 100))
+    shared = {"h.1.mlp.c_fc.weight": checkpoint.weights["h.0.mlp.c_fc.weight"]}
+    cp.save(checkpoint, tmp_path / "apart.mgpt")
+    cp.save(dataclasses.replace(checkpoint, weights={**checkpoint.weights, **shared}), tmp_path / "shared.mgpt")
+    loaded = cp.load(tmp_path / "shared.mgpt")
+    assert loaded.weights["h.1.mlp.c_fc.weight"] is loaded.weights["h.0.mlp.c_fc.weight"]
+    assert loaded.tied
+    apart, together = ((tmp_path / f"{name}.mgpt").stat().st_size for name in ("apart", "shared"))
+    assert apart - together >= 100 * 48 * 4

@@ -10,11 +10,12 @@ import threading
 import numpy as np
 import pytest
 
-from minigpt import layout, team
+from minigpt import layout, ops, team
 from minigpt.errors import OptionError
 from minigpt.team import Team, default_threads
 
-pytest.importorskip("numba")
+if ops.backend() == "numpy":
+    pytest.skip("needs the compiled backend", allow_module_level=True)
 from numba import cfunc, types
 
 from minigpt import kernels
