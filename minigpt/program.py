@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from minigpt import layout, ops
 from minigpt.checkpoint import Checkpoint
 from minigpt.encodings import Encoding, Weight
+from minigpt.reference import activation_levels
 from minigpt.team import Team
 
 if TYPE_CHECKING:
@@ -243,18 +244,10 @@ def describe(weight: Weight) -> NDArray[np.int64]:
     record = np.zeros(layout.W_SIZE, np.int64)
     record[layout.W_MATMUL], record[layout.W_ROWS] = _address(f"matmul_{name}"), _address(f"rows_{name}")
     record[layout.W_N_OUT], record[layout.W_N_IN] = n_out, n_in
-    record[layout.W_LEVELS] = levels(n_in) if weight.encoding.activation == "i16" else 0
+    record[layout.W_LEVELS] = activation_levels(n_in) if weight.encoding.activation == "i16" else 0
     for i, part in enumerate(weight.encoding.part_dtypes):
         record[layout.W_PART_0 + i] = weight.parts[part].ctypes.data
     return record
-
-
-def levels(n_in: int) -> int:
-    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum.
-
-    At most what 256 times an int8 and another int8 can say: `order_for_i4` takes them apart.
-    """
-    return min(127 * 256 + 127, (2**31 - 1) // (127 * n_in))
 
 
 def aligned(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:

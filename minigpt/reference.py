@@ -95,8 +95,11 @@ def attention(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
 
 
 def activation_levels(n_in: int) -> int:
-    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum."""
-    return min(2**15 - 1, (2**31 - 1) // (127 * n_in))
+    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum.
+
+    At most what 256 times an int8 and another int8 can say: kernels of 4-bit codes take them apart.
+    """
+    return min(127 * 256 + 127, (2**31 - 1) // (127 * n_in))
 
 
 def quantize_activations(x: Floats) -> tuple[NDArray[np.int16], Floats]:

@@ -19,7 +19,8 @@ if ops.backend() == "numpy":
     pytest.skip("needs the compiled backend", allow_module_level=True)
 
 from minigpt import kernels
-from minigpt.program import Program, can_run, levels
+from minigpt.program import Program, can_run
+from minigpt.reference import activation_levels
 
 COMPILED = [name for name in ENCODINGS if f"matmul_{name}" in kernels.ENTRIES]
 IDS = np.random.default_rng(3).integers(0, 265, 60)
@@ -174,8 +175,8 @@ def test_python_threads_share_a_program():
 
 @pytest.mark.parametrize("n_in", [1, 48, 768, 3072, 8192, 100_000])
 def test_levels_keep_sums_within_int32(n_in):
-    assert 1 <= levels(n_in) < 2**15
-    assert 127 * n_in * levels(n_in) < 2**31
+    assert 1 <= activation_levels(n_in) < 2**15
+    assert 127 * n_in * activation_levels(n_in) < 2**31
 
 
 @pytest.mark.parametrize("encoding", ["bitmap_int8", "nm_int8", "int8", "f16"])
