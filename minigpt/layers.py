@@ -1,7 +1,7 @@
 """GPT-2's forward pass as pure functions over Weights, in the order in which they are called.
 
 Plain NumPy, no state but the key/value cache that `attention` extends. It is the backend without numba, the
-documentation of the compiled one (`kernels.forward`), and where compression looks at activations.
+documentation of the compiled one (`kernels/forward.py`), and where compression looks at activations.
 """
 
 from __future__ import annotations

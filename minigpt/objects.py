@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("kernels.py", "layout.py")
+PACKAGE = Path(__file__).parent
+SOURCES = (*sorted(PACKAGE.glob("kernels/*.py")), PACKAGE / "layout.py")  # what compiled code depends on
 SYMBOL = "minigpt_kernel"  # the one name that an object exports
 # numba's error path: exceptions, the GIL, reference counts; kernels cannot get there
 DECLARED = re.compile(r'^declare ([^\n]*@(?!"?llvm\.)[^\n]*\))[^\n]*$', re.MULTILINE)
@@ -84,7 +85,7 @@ def folder() -> Path:
     from llvmlite import binding
 
     home = os.environ.get("MINIGPT_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    parts = [Path(__file__).with_name(source).read_bytes() for source in SOURCES]
+    parts = [source.read_bytes() for source in SOURCES]
     parts += [version(package).encode() for package in ("minigpt", "numba", "llvmlite")]
     parts += [sys.platform.encode(), binding.get_host_cpu_name().encode(), _host_features().encode()]
     parts += [f"{key}={value}".encode() for key, value in sorted(os.environ.items()) if key.startswith("NUMBA_")]

@@ -1,6 +1,6 @@
 """The arithmetic of GPT-2 in plain NumPy: what the compiled kernels must compute, and what runs without numba.
 
-Pure functions, readable before fast. `kernels.py` has a compiled form of each; the tests compare the two.
+Pure functions, readable before fast. `kernels/` has a compiled form of each; the tests compare the two.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ if ops.backend() == "numpy":
 from numba import cfunc, types
 
 from minigpt import kernels
+from minigpt.kernels import elementwise, vectors
+from minigpt.kernels.entry import float32
+from minigpt.kernels.intrinsics import f32, half, u16
 from minigpt.program import Activations, aligned, describe
 
 COMPILED = [name for name in ENCODINGS if f"matmul_{name}" in kernels.ENTRIES]
@@ -125,10 +128,10 @@ def test_half_precision_conversion_is_exact(monkeypatch):
 
     def convert(source, target, n):
         for i in range(n):
-            kernels.f32(target)[i] = kernels.half(kernels.u16(source)[i])
+            f32(target)[i] = half(u16(source)[i])
 
     for in_hardware in {False, kernels.HALF_IN_HARDWARE}:
-        monkeypatch.setattr(kernels, "HALF_IN_HARDWARE", in_hardware)
+        monkeypatch.setattr(vectors, "HALF_IN_HARDWARE", in_hardware)
         compiled(convert, 3)(bits.ctypes.data, y.ctypes.data, len(bits))
         np.testing.assert_array_equal(y, bits.view(np.float16).astype(np.float32))
 
@@ -139,7 +142,7 @@ def test_exp_is_accurate():
 
     def run(x, y, n):
         for i in range(n):
-            kernels.f32(y)[i] = kernels.exp(kernels.f32(x)[i])
+            f32(y)[i] = elementwise.exp(f32(x)[i])
 
     compiled(run, 3)(x.ctypes.data, y.ctypes.data, len(x))
     np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=3e-7)
@@ -151,7 +154,7 @@ def test_activation_functions_equal_numpy(name):
     bias, y = np.zeros_like(x), np.zeros_like(x)
 
     def run(function, x, bias, y, n):
-        kernels.activate(function, x, bias, y, n)
+        elementwise.activate(function, x, bias, y, n)
 
     compiled(run, 5)(layout.ACTIVATION_FUNCTIONS.index(name), x.ctypes.data, bias.ctypes.data, y.ctypes.data, len(x))
     np.testing.assert_allclose(y, reference.ACTIVATIONS[name](x), rtol=2e-6, atol=5e-7)
@@ -163,13 +166,13 @@ def test_layer_norm_and_softmax_equal_numpy():
     y = np.zeros(50, np.float32)
 
     def norm(x, gain, bias, y, n):
-        kernels.layer_norm(x, gain, bias, kernels.float32(1e-5), y, n)
+        elementwise.layer_norm(x, gain, bias, float32(1e-5), y, n)
 
     compiled(norm, 5)(x.ctypes.data, gain.ctypes.data, bias.ctypes.data, y.ctypes.data, 50)
     np.testing.assert_allclose(y, reference.layer_norm(x, gain, bias, 1e-5), rtol=1e-5, atol=1e-6)
 
     def weights(x, y, n):
-        kernels.f32(y)[0] = kernels.softmax(x, n)
+        f32(y)[0] = elementwise.softmax(x, n)
 
     for scores in (x.copy(), -np.abs(x) - 200, floats(-3.5)):
         expected, factor = reference.softmax(scores), floats(0)

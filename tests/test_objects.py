@@ -40,6 +40,26 @@ def test_a_second_process_does_without_numba(tmp_path):
     assert use(tmp_path) == ["0", "False", "True", "numba"]
 
 
+def test_the_digest_covers_every_source_of_the_code():
+    names = """
+import sys, minigpt
+before = set(sys.modules)
+from minigpt import kernels
+print(*[sys.modules[name].__file__ for name in {*sys.modules} - before if name.startswith("minigpt.")], sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.splitlines()) == sorted(map(str, objects.SOURCES))
+
+
+def test_another_source_gets_its_own(tmp_path, monkeypatch):
+    folder = objects.folder.__wrapped__()  # the function behind its cache
+    assert objects.folder.__wrapped__() == folder
+    changed = tmp_path / "layout.py"
+    changed.write_text("# another")
+    monkeypatch.setattr(objects, "SOURCES", (*objects.SOURCES[:-1], changed))
+    assert objects.folder.__wrapped__() != folder
+
+
 def test_another_processor_gets_its_own(tmp_path):
     use(tmp_path, NUMBA_CPU_NAME="", NUMBA_CPU_FEATURES="")
     use(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")

@@ -18,26 +18,28 @@ if ops.backend() == "numpy":
     pytest.skip("needs the compiled backend", allow_module_level=True)
 from numba import cfunc, types
 
-from minigpt import kernels
+from minigpt.kernels.entry import FAST
+from minigpt.kernels.intrinsics import i64
+from minigpt.kernels.phases import finish_phase, next_chunk, take_chunk
 
 N_CHUNKS = 40
 
 
 def count(record, thread):
     """Share out two phases of chunks: add 1 per chunk to the fields 1.. and 41.., of the record (team, fields)."""
-    team_address = kernels.i64(record)[0]
+    team_address = i64(record)[0]
     phase = 0
     for part in range(2):
-        chunk = kernels.take_chunk(team_address, phase, N_CHUNKS)
+        chunk = take_chunk(team_address, phase, N_CHUNKS)
         while chunk >= 0:
-            kernels.i64(record)[1 + part * N_CHUNKS + chunk] += 1
-            chunk = kernels.next_chunk(team_address, phase, N_CHUNKS)
-        phase = kernels.finish_phase(team_address, phase)
+            i64(record)[1 + part * N_CHUNKS + chunk] += 1
+            chunk = next_chunk(team_address, phase, N_CHUNKS)
+        phase = finish_phase(team_address, phase)
 
 
 @pytest.fixture(scope="module")
 def counting():
-    return cfunc(types.void(types.int64, types.int64), **kernels.FAST)(count)
+    return cfunc(types.void(types.int64, types.int64), **FAST)(count)
 
 
 def run_jobs(crew, counting, n_jobs):

@@ -1,7 +1,7 @@
 """The contract of a way to store a matrix: `Encoding` (one subclass, one file) and `Weight` (one encoded matrix).
 
 Everything above this floor sees matrices as `Weight`s and never asks how they are stored. A new encoding
-is one file here, one kernel in `kernels.py`, and one row in `docs/format.md`; tests and benchmarks run over
+is one file here, one kernel in `kernels/`, and one row in `docs/format.md`; tests and benchmarks run over
 `ENCODINGS`.
 """
 

@@ -1,0 +1,16 @@
+"""Everything that is compiled: matrices times activations, attention, the whole network, the threads' meetings.
+
+Every entry point takes addresses and integers (records are described in `layout.py`), holds no Python object, allocates
+nothing and cannot raise, so that it runs without the GIL and can be compiled ahead of time for other machines.
+`reference.py` has the same arithmetic in NumPy. Nothing here validates: whoever fills the records does.
+
+Read upwards in size: `target` (the processor), `entry` (Python to machine code), `vectors` and `intrinsics` (what to
+write kernels with), `elementwise`; `tiles` and the matrices `floats`, `int8`, `int4`, `sparse`; `phases` (how threads
+share work), `attention`, `forward`.
+"""
+
+from minigpt.kernels import forward, int4, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
+from minigpt.kernels.entry import ENTRIES, FAST, compile_entry
+from minigpt.kernels.target import BYTES, GROUP, HALF_IN_HARDWARE, TILE, VECTOR
+
+__all__ = ["BYTES", "ENTRIES", "FAST", "GROUP", "HALF_IN_HARDWARE", "TILE", "VECTOR", "compile_entry"]

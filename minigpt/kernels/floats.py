@@ -1,0 +1,73 @@
+"""Matrices of floats: f32 and f16, which is widened as it streams by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from minigpt.kernels.entry import HELP, add_encoding, float32, instruction
+from minigpt.kernels.intrinsics import f32, half, i64, never_inline, u16
+from minigpt.kernels.target import LANES, PANEL
+from minigpt.kernels.tiles import floats_by_tiles, matmul_of, pack_squares_f16, pack_squares_f32
+from minigpt.layout import *
+
+
+def _packing(pointer: Any, widen: Any, size: int, pack_squares: Any) -> Any:
+    """Return `pack(values, n_in, n_rows, panel)`, which spreads rows over lanes: panel[i, row] = values[row, i]."""
+
+    @njit(**HELP)
+    def pack(values, n_in, n_rows, panel):
+        never_inline()
+        done = 0
+        if n_rows == PANEL:
+            pack_squares(values, n_in * size, n_in, panel)
+            done = n_in // LANES * LANES
+        values, panel = pointer(values), f32(panel)
+        for r in range(n_rows):
+            for i in range(done, n_in):
+                panel[i * PANEL + r] = widen(values[r * n_in + i])
+
+    return pack
+
+
+def _add_floats(name: str, pointer: Any, widen: Any, size: int, pack: Any) -> None:
+    """Register the kernels of plain values [n_out, n_in] of so many bytes."""
+
+    @njit(**HELP)
+    def few(w, x, y, y_stride, n_tokens, row_begin, row_end):
+        w, x = i64(w), i64(x)
+        n_in, matrix = w[W_N_IN], w[W_PART_0]
+        x_floats, x_bytes = x[X_FLOAT], x[X_FLOAT_STRIDE] * 4
+        for row in range(row_begin, row_end):
+            values = pointer(matrix + row * n_in * size)
+            for token in range(n_tokens):
+                source, total = f32(x_floats + token * x_bytes), float32(0)
+                for i in range(n_in):
+                    total += widen(values[i]) * source[i]
+                f32(y)[token * y_stride + row] = total
+
+    @njit(**HELP)
+    def panel(w, x, y, y_stride, n_tokens, row, n_rows):
+        n_in = i64(w)[W_N_IN]
+        pack(i64(w)[W_PART_0] + row * n_in * size, n_in, n_rows, i64(x)[X_PANEL])
+        floats_by_tiles(x, y, y_stride, n_tokens, row, n_rows, 0, n_in)
+
+    def rows(w, row, y):
+        w, y = i64(w), f32(y)
+        values = pointer(w[W_PART_0] + row * w[W_N_IN] * size)
+        for i in range(w[W_N_IN]):
+            y[i] = widen(values[i])
+
+    add_encoding(name, matmul_of(few, panel), rows)
+
+
+@instruction(float32, float32)
+def as_it_is(b: Any, value: Any) -> Any:
+    """Return a float32, which needs no widening."""
+    return value
+
+
+pack_f32 = _packing(f32, as_it_is, 4, pack_squares_f32)
+_add_floats("f32", f32, as_it_is, 4, pack_f32)
+_add_floats("f16", u16, half, 2, _packing(u16, half, 2, pack_squares_f16))

@@ -1,0 +1,218 @@
+"""The network: each thread calls `forward` with the same program, and the phases share the work out."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from minigpt.kernels.attention import attend, attend_tiles
+from minigpt.kernels.elementwise import activate, layer_norm, quantize, quantize_to_bytes
+from minigpt.kernels.entry import HELP, entry, int32
+from minigpt.kernels.intrinsics import call_matmul, call_rows, f32, float_of_bits, i64, never_inline
+from minigpt.kernels.phases import finish_phase, is_over, next_chunk, take_chunk
+from minigpt.kernels.target import BYTES, PANEL, TILE
+from minigpt.layout import *
+
+
+@njit(**HELP)
+def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
+    """Make the activations that a matrix takes: LayerNorm if there is a gain, integers if the matrix wants them.
+
+    A few tokens are done by every thread for itself, which is sooner than meeting twice; many are shared out.
+    Returns the address of the thread's activation record and the next phase.
+    """
+    never_inline()
+    p = i64(p)
+    few = n_tokens < TILE
+    address = (p[P_OWN] if few else p[P_SHARED]) + thread * X_SIZE * 8
+    x = i64(address)
+    x[X_FLOAT], x[X_FLOAT_STRIDE] = source, stride
+    if gain:
+        x[X_FLOAT], x[X_FLOAT_STRIDE] = x[X_NORM], p[P_N_EMBD]
+    if few:
+        if not is_over(p[P_TEAM], phase):
+            for token in range(n_tokens):
+                make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token, False)
+        return address, phase
+    n_chunks = (n_tokens + TILE - 1) // TILE
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        for token in range(chunk * TILE, min(chunk * TILE + TILE, n_tokens)):
+            make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token, True)
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return address, finish_phase(p[P_TEAM], phase)
+
+
+@njit(**HELP)
+def make_activation(p, x, source, gain, bias, matrix, token, many):
+    """Do one token of `take_input`."""
+    never_inline()
+    w = i64(matrix)
+    if gain:
+        epsilon = float_of_bits(int32(p[P_EPSILON]))
+        layer_norm(source, gain, bias, epsilon, i64(x)[X_NORM] + token * w[W_N_IN] * 4, w[W_N_IN])
+    if w[W_LEVELS] and BYTES and many:
+        quantize_to_bytes(x, token, w[W_N_IN])
+    elif w[W_LEVELS]:
+        quantize(x, token, w[W_N_IN], w[W_LEVELS])
+
+
+@njit(**HELP)
+def rows_of_chunk(p, matrix, n_tokens):
+    """Return how many rows a chunk has: an even share for few tokens, a few panels at most for many."""
+    share = (i64(matrix)[W_N_OUT] + p[P_CHUNKS] - 1) // p[P_CHUNKS]
+    return min((share + PANEL - 1) // PANEL * PANEL, 4 * PANEL if n_tokens >= TILE else 1024)
+
+
+@njit(**HELP)
+def multiply(matrix, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Call the matrix's own kernel."""
+    call_matmul(i64(matrix)[W_MATMUL], (matrix, x, y, y_stride, n_tokens, row_begin, row_end))
+
+
+@njit(**HELP)
+def embed(p, phase):
+    """X = wte[id] + wpe[position]."""
+    p = i64(p)
+    n_embd, n_tokens = p[P_N_EMBD], p[P_N_TOKENS]
+    n_chunks = (n_tokens + TILE - 1) // TILE
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        for token in range(chunk * TILE, min(chunk * TILE + TILE, n_tokens)):
+            x, y = p[P_X] + token * n_embd * 4, p[P_Y] + token * p[P_Y_STRIDE] * 4
+            call_rows(i64(p[P_WTE])[W_ROWS], (p[P_WTE], i64(p[P_IDS])[token], x))
+            call_rows(i64(p[P_WPE])[W_ROWS], (p[P_WPE], i64(p[P_POSITIONS])[token], y))
+            for i in range(n_embd):
+                f32(x)[i] += f32(y)[i]
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**HELP)
+def attention(program, layer, thread, phase):
+    """Z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business."""
+    p, block = i64(program), i64(layer)
+    n_tokens, n_head = p[P_N_TOKENS], block[L_N_HEAD]
+    x, phase = take_input(
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
+    )
+    head = take_chunk(p[P_TEAM], phase, n_head)
+    while head >= 0:
+        attend_head(p, block, thread, x, head)
+        head = next_chunk(p[P_TEAM], phase, n_head)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**HELP)
+def attend_head(p, block, thread, x, head):
+    """Do one head of `attention` for all tokens: new keys and values go to the cache first."""
+    never_inline()
+    head_dim, n_tokens, n_head = p[P_HEAD_DIM], p[P_N_TOKENS], block[L_N_HEAD]
+    row, width = head * head_dim, n_head * head_dim
+    y_stride, z_stride = p[P_Y_STRIDE], p[P_Z_STRIDE]
+    for part in range(3):
+        begin = part * width + row
+        multiply(block[L_C_ATTN], x, p[P_Y], y_stride, n_tokens, begin, begin + head_dim)
+    positions, sequences = i64(p[P_POSITIONS]), i64(p[P_SEQUENCES])
+    bias, scale = f32(block[L_C_ATTN_BIAS]), float_of_bits(int32(block[L_ATTN_SCALE]))
+    head_bytes = p[P_N_POSITIONS] * head_dim * 4
+    for token in range(n_tokens):
+        at = (sequences[token] * n_head + head) * head_bytes + positions[token] * head_dim * 4
+        y, key, value = f32(p[P_Y] + token * y_stride * 4), f32(block[L_KEYS] + at), f32(block[L_VALUES] + at)
+        for i in range(row, row + head_dim):
+            y[i] = (y[i] + bias[i]) * scale
+            key[i - row] = y[i + width] + bias[i + width]
+            value[i - row] = y[i + 2 * width] + bias[i + 2 * width]
+    runs, scratch = i64(p[P_RUNS]), p[P_SCORES] + thread * p[P_SCORES_STRIDE] * 4
+    for run in range(p[P_N_RUNS]):
+        begin, end = runs[run], runs[run + 1]
+        at = (sequences[begin] * n_head + head) * head_bytes
+        keys, values = block[L_KEYS] + at, block[L_VALUES] + at
+        q, z = p[P_Y] + (begin * y_stride + row) * 4, p[P_Z] + (begin * z_stride + row) * 4
+        if end - begin >= TILE and head_dim % PANEL == 0:
+            first = positions[begin]
+            attend_tiles(q, y_stride * 4, keys, values, first, end - begin, head_dim, scratch, z, z_stride * 4)
+        else:
+            for i in range(end - begin):
+                seen = positions[begin + i] + 1
+                attend(q + i * y_stride * 4, keys, values, seen, head_dim, scratch, z + i * z_stride * 4)
+
+
+@njit(**HELP)
+def add_projection(program, thread, phase, matrix, bias):
+    """X += c_proj(z) + bias, the end of both halves of a block."""
+    never_inline()
+    p = i64(program)
+    n_tokens = p[P_N_TOKENS]
+    x, phase = take_input(program, thread, phase, n_tokens, p[P_Z], p[P_Z_STRIDE], 0, 0, matrix)
+    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
+    n_chunks = (n_out + step - 1) // step
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        begin, end = chunk * step, min(chunk * step + step, n_out)
+        multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
+        for token in range(n_tokens):
+            to, y = f32(p[P_X] + token * n_out * 4), f32(p[P_Y] + token * p[P_Y_STRIDE] * 4)
+            for i in range(begin, end):
+                to[i] += y[i] + f32(bias)[i]
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**HELP)
+def mlp_hidden(program, layer, thread, phase):
+    """Z = activation_function(c_fc(ln_2(x)))."""
+    p, block = i64(program), i64(layer)
+    n_tokens, matrix = p[P_N_TOKENS], block[L_C_FC]
+    x, phase = take_input(
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_2], block[L_LN_2_BIAS], matrix
+    )
+    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
+    n_chunks = (n_out + step - 1) // step
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        begin, end = chunk * step, min(chunk * step + step, n_out)
+        multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
+        for token in range(n_tokens):
+            y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
+            activate(p[P_ACTIVATION], y, block[L_C_FC_BIAS] + begin * 4, z, end - begin)
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@njit(**HELP)
+def logits(program, thread, phase):
+    """Logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of z first."""
+    p = i64(program)
+    n_keep, n_embd, matrix = p[P_N_KEEP], p[P_N_EMBD], p[P_LM_HEAD]
+    chunk = take_chunk(p[P_TEAM], phase, 1)
+    while chunk >= 0:
+        for i in range(n_keep):
+            x, z = f32(p[P_X] + i64(p[P_KEEP])[i] * n_embd * 4), f32(p[P_Z] + i * p[P_Z_STRIDE] * 4)
+            for j in range(n_embd):
+                z[j] = x[j]
+        chunk = next_chunk(p[P_TEAM], phase, 1)
+    phase = finish_phase(p[P_TEAM], phase)
+    x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
+    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_keep)
+    n_chunks = (n_out + step - 1) // step
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        multiply(matrix, x, p[P_LOGITS], n_out, n_keep, chunk * step, min(chunk * step + step, n_out))
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    return finish_phase(p[P_TEAM], phase)
+
+
+@entry(2)
+def forward(program, thread):
+    """GPT-2 over the program's tokens: writes their keys and values to the cache and the wanted logits."""
+    p = i64(program)
+    phase = embed(program, 0)
+    for i in range(p[P_N_LAYER]):
+        layer = p[P_LAYERS] + i * L_SIZE * 8
+        block = i64(layer)
+        phase = attention(program, layer, thread, phase)
+        phase = add_projection(program, thread, phase, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS])
+        phase = mlp_hidden(program, layer, thread, phase)
+        phase = add_projection(program, thread, phase, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS])
+    if p[P_N_KEEP]:
+        logits(program, thread, phase)

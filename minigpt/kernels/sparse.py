@@ -1,0 +1,197 @@
+"""Sparse matrices of int8 codes, one scale a row: bitmaps, 4 kept of 8, and blocks of 32 columns.
+
+Zeros are put back a row at a time; then the kernels are those of int8. Blocks that are not stored are skipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from minigpt.kernels.entry import HELP, INLINE, add_encoding, float32, instruction, int32, int64, void
+from minigpt.kernels.int8 import codes_by_panel, codes_by_row, dot_product, row_by_row
+from minigpt.kernels.intrinsics import f32, i8, i64, u8, u16, u32
+from minigpt.kernels.target import DEPOSITS, EXPANDS
+from minigpt.kernels.tiles import matmul_of
+from minigpt.kernels.vectors import I8, I16, I64, advance, load, shuffle, store, vector_of, word
+from minigpt.layout import *
+
+# Masks
+
+
+def _moves(mask: int) -> list[int]:
+    """Return the bytes of a word that move up by 4, by 2 and by 1 to spread over the bits of a mask, and those kept."""
+    selected = [0, 0, 0, 0]
+    for source, target in enumerate(i for i in range(8) if mask >> i & 1):
+        place = source
+        for step, distance in enumerate((4, 2, 1)):
+            if (target - source) & distance:
+                place += distance
+                selected[step] |= 255 << 8 * place
+        selected[3] |= 255 << 8 * target
+    return selected
+
+
+def _spread_word(b: Any, mask: Any, packed: Any) -> Any:
+    """Do what `_spread` does for 8 bits, both as words."""
+    if DEPOSITS:
+        deposit = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64, I64]), "llvm.x86.bmi.pdep.64")
+        kept = b.mul(b.call(deposit, [mask, word(0x0101010101010101)]), word(255))
+        return b.call(deposit, [packed, kept])
+    # in three moves whose masks are looked up (Warren, Hacker's Delight 7-5)
+    table = [value for mask in range(256) for value in _moves(mask)]
+    moves = cgutils.global_constant(b, "moves", ir.Constant(ir.ArrayType(I64, len(table)), table))
+    at = b.add(b.ptrtoint(moves, I64), b.shl(mask, word(5)))
+    for step, distance in enumerate((4, 2, 1)):
+        selected = load(b, advance(b, at, 8 * step), I64, 8)
+        moved = b.shl(packed, word(8 * distance))
+        packed = b.or_(b.and_(packed, b.not_(selected)), b.and_(moved, selected))
+    return b.and_(packed, load(b, advance(b, at, 24), I64, 8))
+
+
+def _spread(b: Any, mask: Any, packed: Any) -> Any:
+    """Put the next of the packed bytes wherever mask has a bit, and 0 elsewhere: a vector of a byte for each bit."""
+    n = mask.type.width
+    kind, bits = vector_of(I8, n), vector_of(ir.IntType(1), n)
+    if not EXPANDS:
+        packed = b.zext(b.bitcast(packed, ir.IntType(8 * packed.type.count)), I64)
+        return b.bitcast(_spread_word(b, b.zext(mask, I64), packed), kind)
+    # from a register: the form that reads memory is microcode on Zen
+    packed = shuffle(b, packed, ir.Constant(packed.type, ir.Undefined), [min(i, packed.type.count) for i in range(n)])
+    function = ir.FunctionType(kind, [kind, kind, bits])
+    expand = cgutils.get_or_insert_function(b.module, function, f"llvm.x86.avx512.mask.expand.v{n}i8")
+    return b.call(expand, [packed, ir.Constant(kind, None), b.bitcast(mask, bits)])
+
+
+def _expand(most: float) -> Any:
+    """Return `expand(bits, values, n, codes)`: undo a bitmap of n columns, a multiple of 32, into int8 codes.
+
+    At most this share of the columns are kept: more values are not read.
+    """
+
+    @instruction(void, *[int64] * 4)
+    def expand(b: Any, bits: Any, values: Any, n: Any, codes: Any) -> None:
+        values = cgutils.alloca_once_value(b, values)
+        done = word(0)
+        for columns in (64, 32) if EXPANDS else (8,):
+            steps = b.udiv(b.sub(n, done), word(columns))
+            with cgutils.for_range(b, steps) as loop:
+                column = b.add(done, b.mul(loop.index, word(columns)))
+                mask = load(b, b.add(bits, b.lshr(column, word(3))), ir.IntType(columns))
+                at = b.load(values)
+                packed = load(b, at, vector_of(I8, int(columns * most)))
+                store(b, _spread(b, mask, packed), b.add(codes, column))
+                b.store(b.add(at, b.ctpop(b.zext(mask, I64) if columns < 64 else mask)), values)
+            done = b.add(done, b.mul(steps, word(columns)))
+
+    return expand
+
+
+def _add_masked(name: str, find: Any, expand: Any, part: int) -> None:
+    """Register the kernels of rows that are a mask [n_in / 8] and the codes of its bits.
+
+    `find(w, row, n_columns)` returns their addresses; n_columns is n_in rounded up to 32.
+    """
+
+    @njit(**HELP)
+    def unpack(w, row, n_rows, scratch):
+        n_columns = (i64(w)[W_N_IN] + 31) // 32 * 32
+        row_bytes = (n_columns + 63) // 64 * 64
+        for r in range(n_rows):
+            bits, values = find(w, row + r, n_columns)
+            expand(bits, values, n_columns, scratch + r * row_bytes)
+        return scratch, row_bytes
+
+    def rows(w, row, y):
+        n_in, scale = i64(w)[W_N_IN], f32(i64(w)[part])[row]
+        bits, values = find(w, row, (n_in + 31) // 32 * 32)
+        bits, values, y, place = u8(bits), i8(values), f32(y), 0
+        for i in range(n_in):
+            kept = int64(bits[i // 8]) >> (i % 8) & 1
+            y[i] = float32(values[place]) * scale if kept else float32(0)
+            place += kept
+
+    add_encoding(name, matmul_of(codes_by_row(unpack, part), codes_by_panel(unpack, part)), rows)
+
+
+@njit(**HELP)
+def find_bitmap(w, row, n_columns):
+    """Bitmap [n_out, n_in / 8], offsets [n_out + 1], values, scales [n_out]."""
+    w = i64(w)
+    return w[W_PART_0] + row * n_columns // 8, w[W_PART_2] + u32(w[W_PART_1])[row]
+
+
+@njit(**HELP)
+def find_nm(w, row, n_columns):
+    """Masks [n_out, n_in / 8] with 4 bits each, codes [n_out, n_in / 2], scales [n_out]."""
+    w = i64(w)
+    return w[W_PART_0] + row * n_columns // 8, w[W_PART_1] + row * n_columns // 2
+
+
+_add_masked("bitmap_int8", find_bitmap, _expand(1), W_PART_3)
+_add_masked("nm_int8", find_nm, _expand(0.5), W_PART_2)
+
+
+# Blocks: pointers [n_out + 1], columns [n_blocks], codes [n_blocks, 32], scales [n_out]
+
+
+@instruction(int32, *[int64] * 4)
+def dot_blocks(b: Any, w: Any, columns: Any, x: Any, n: Any) -> Any:
+    """Return the int32 sum over blocks of 32 codes, block k times x[32 columns[k]...]; n codes, columns uint16."""
+
+    def place(i: Any) -> Any:
+        column = load(b, advance(b, columns, b.lshr(i, word(5)), 2), I16)
+        return b.add(b.shl(b.zext(column, I64), word(5)), b.and_(i, word(31)))
+
+    return dot_product(b, w, x, n, place, unrolled=1)  # rows are short: two loops would be mispredicted twice
+
+
+@njit(**INLINE)
+def read_blocks(w, row, scratch):
+    """Return addresses of codes and columns, how many codes, and the scale."""
+    w = i64(w)
+    first, end = int64(u32(w[W_PART_0])[row]), int64(u32(w[W_PART_0])[row + 1])
+    return w[W_PART_2] + first * 32, w[W_PART_1] + first * 2, (end - first) * 32, f32(w[W_PART_3])[row]
+
+
+@njit(**INLINE)
+def dot_row_of_blocks(line, x, n_in):
+    """Multiply what is stored."""
+    codes, columns, n, scale = line
+    return float32(dot_blocks(codes, columns, x, n)) * scale
+
+
+@njit(**HELP)
+def unpack_blocks(w, row, n_rows, scratch):
+    """Put the empty blocks of rows back."""
+    w = i64(w)
+    pointers, columns = u32(w[W_PART_0]), u16(w[W_PART_1])
+    row_bytes = (w[W_N_IN] + 31) // 32 * 32
+    to = i64(scratch)
+    for i in range(n_rows * row_bytes // 8):
+        to[i] = 0
+    for r in range(n_rows):
+        for block in range(int64(pointers[row + r]), int64(pointers[row + r + 1])):
+            source, to = i64(w[W_PART_2] + block * 32), i64(scratch + r * row_bytes + columns[block] * 32)
+            for i in range(4):
+                to[i] = source[i]
+    return scratch, row_bytes
+
+
+def rows_blocks(w, row, y):
+    """Decode one row into float32; the last block of a row may reach beyond it."""
+    w, y = i64(w), f32(y)
+    n_in, pointers, scale = w[W_N_IN], u32(w[W_PART_0]), f32(w[W_PART_3])[row]
+    for i in range(n_in):
+        y[i] = 0
+    for block in range(int64(pointers[row]), int64(pointers[row + 1])):
+        codes, begin = i8(w[W_PART_2] + block * 32), int64(u16(w[W_PART_1])[block]) * 32
+        for i in range(min(32, n_in - begin)):
+            y[begin + i] = float32(codes[i]) * scale
+
+
+_matmul_blocks = matmul_of(row_by_row(read_blocks, dot_row_of_blocks), codes_by_panel(unpack_blocks, W_PART_3))
+add_encoding("block_int8", _matmul_blocks, rows_blocks)

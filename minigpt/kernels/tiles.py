@@ -1,0 +1,293 @@
+"""A matrix times many tokens: PANEL rows are unpacked once, spread over the lanes, and multiplied by TILE tokens each.
+
+Also the frame that the kernels of all encodings share. A panel lies in the scratch of the thread's activation record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from minigpt.kernels.entry import HELP, INLINE, float32, instruction, int64, void
+from minigpt.kernels.intrinsics import f32, i8, i16, i32, i64, never_inline, u8
+from minigpt.kernels.target import BYTES, GROUP, LANES, PANEL, TILE, VECTOR
+from minigpt.kernels.vectors import (
+    F32,
+    I8,
+    I16,
+    I32,
+    accumulators,
+    advance,
+    broadcast,
+    load,
+    multiply_add,
+    multiply_bytes,
+    multiply_pairs,
+    shuffle,
+    store,
+    vector_of,
+    widen_half,
+    word,
+)
+from minigpt.layout import *
+
+
+def matmul_of(few: Any, panel: Any) -> Callable[..., Any]:
+    """Return the entry point `matmul` of an encoding.
+
+    Few tokens: `few`, of the same arguments, lets the weights stream by once, row by row, each row times every token
+    while it is in the L1 cache. TILE tokens or more: `panel(w, x, y, y_stride, n_tokens, row, n_rows)` does up to
+    PANEL rows.
+    """
+
+    @njit(**HELP)
+    def many(w, x, y, y_stride, n_tokens, row_begin, row_end):
+        for row in range(row_begin, row_end, PANEL):
+            panel(w, x, y, y_stride, n_tokens, row, min(PANEL, row_end - row))
+
+    def matmul(w, x, y, y_stride, n_tokens, row_begin, row_end):
+        if n_tokens < TILE:
+            few(w, x, y, y_stride, n_tokens, row_begin, row_end)
+        else:
+            many(w, x, y, y_stride, n_tokens, row_begin, row_end)
+
+    return matmul
+
+
+# Tiles
+
+
+def _multiply_tile(b: Any, factors: Any, totals: Any, line: Any, multiply: Callable[..., Any]) -> None:
+    """Add PANEL rows of an unpacked matrix times TILE tokens to totals[token][half of the panel].
+
+    Each of n steps takes one line of the panel (lane = row) and one word of each token, which is broadcast:
+    2 * TILE multiply-adds for 2 + TILE loads, and no sum across lanes at the end. A word is 4 bytes: a float32, two
+    int16 or four int8. Strides are in bytes.
+    """
+    panel, panel_stride, x, x_stride, n = factors
+    unit = b.load(totals[0][0]).type.element
+    lanes = vector_of(unit, LANES)
+    tokens = [advance(b, x, x_stride, t) for t in range(TILE)]
+    with cgutils.for_range(b, n) as loop:
+        at = b.add(panel, b.mul(loop.index, panel_stride))
+        rows = [load(b, advance(b, at, VECTOR * i), line, 4) for i in range(2)]
+        for token, sums in zip(tokens, totals, strict=True):
+            spread = b.bitcast(broadcast(b, load(b, advance(b, token, loop.index, 4), unit, 4), lanes), line)
+            for row, total in zip(rows, sums, strict=True):
+                b.store(multiply(b, row, spread, b.load(total)), total)
+
+
+def _tile(unit: Any, line: Any, multiply: Callable[..., Any]) -> Any:
+    """Return `tile(panel, panel_stride, x, x_stride, n, y, y_stride)`: y[token, row] = the products."""
+
+    @instruction(void, *[int64] * 7)
+    def tile(b: Any, panel: Any, panel_stride: Any, x: Any, x_stride: Any, n: Any, y: Any, y_stride: Any) -> None:
+        totals = [accumulators(b, vector_of(unit, LANES), 2) for _ in range(TILE)]
+        _multiply_tile(b, (panel, panel_stride, x, x_stride, n), totals, line, multiply)
+        for t, halves in enumerate(totals):
+            for i, total in enumerate(halves):
+                store(b, b.load(total), advance(b, advance(b, y, y_stride, t), VECTOR * i))
+
+    return tile
+
+
+tile_f32 = _tile(F32, vector_of(F32, LANES), multiply_add)
+tile_i16 = _tile(I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: b.add(total, multiply_pairs(b, w, x)))
+
+
+@instruction(void, *[int64] * 8)
+def tile_i8(b: Any, panel: Any, x: Any, x_stride: Any, n: Any, scales: Any, excesses: Any, stride: Any, y: Any) -> None:
+    """Add a group of int8 activations to y, float32 [TILE, PANEL]: (uint8 w * x - excess) * scale, both per token."""
+    lanes, at = vector_of(I32, LANES), [b.mul(stride, word(t)) for t in range(TILE)]
+    totals = []
+    for t in range(TILE):
+        excess = b.sub(ir.Constant(I32, 0), load(b, b.add(excesses, at[t]), I32, 4))
+        totals.append([cgutils.alloca_once_value(b, broadcast(b, excess, lanes)) for _ in range(2)])
+    _multiply_tile(b, (panel, word(2 * VECTOR), x, x_stride, n), totals, vector_of(I8, 4 * LANES), multiply_bytes)
+    for t, halves in enumerate(totals):
+        scale = broadcast(b, load(b, b.add(scales, at[t]), F32, 4), vector_of(F32, LANES))
+        for i, total in enumerate(halves):
+            to = advance(b, y, (2 * t + i) * VECTOR)
+            before = load(b, to, scale.type, 4)
+            store(b, multiply_add(b, b.sitofp(b.load(total), scale.type), scale, before), to)
+
+
+# All tokens, tile by tile
+
+
+def _by_tiles(multiply: Any, value: Any) -> Any:
+    """Return `by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)`: the panel in x's scratch by all tokens.
+
+    `multiply(x, first, n_in)` leaves the products of a tile in the scratch; `value(products, i, scales, row, scale)`
+    makes one of them, of a row and a token with this scale, a float.
+    """
+
+    @njit(**HELP)
+    def by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
+        never_inline()
+        products = i64(x)[X_TILE]
+        for begin in range(0, n_tokens, TILE):
+            first = min(begin, n_tokens - TILE)  # the last tile overlaps the one before and gives the same again
+            multiply(x, first, n_in)
+            for t in range(TILE):
+                to = f32(y + ((first + t) * y_stride + row) * 4)
+                scale = f32(i64(x)[X_SCALES])[first + t]
+                for r in range(n_rows):
+                    to[r] = value(products, t * PANEL + r, scales, r, scale)
+
+    return by_tiles
+
+
+@njit(**INLINE)
+def multiply_f32(x, first, n_in):
+    """Float32 by float32."""
+    x = i64(x)
+    source = x[X_FLOAT] + first * x[X_FLOAT_STRIDE] * 4
+    tile_f32(x[X_PANEL], 2 * VECTOR, source, x[X_FLOAT_STRIDE] * 4, n_in, x[X_TILE], PANEL * 4)
+
+
+@njit(**INLINE)
+def multiply_i16(x, first, n_in):
+    """Pairs of int16 along n_in."""
+    x = i64(x)
+    codes = x[X_CODES] + first * x[X_STRIDE] * 2
+    tile_i16(x[X_PANEL], 2 * VECTOR, codes, x[X_STRIDE] * 2, (n_in + 1) // 2, x[X_TILE], PANEL * 4)
+
+
+@njit(**INLINE)
+def multiply_i8(x, first, n_in):
+    """Fours of uint8 (128 too large) along n_in by int8, group by group."""
+    x = i64(x)
+    stride, totals = x[X_STRIDE], f32(x[X_TILE])
+    for i in range(TILE * PANEL):
+        totals[i] = 0
+    for start in range(0, n_in, GROUP):
+        n = (min(GROUP, n_in - start) + 3) // 4
+        panel, codes = x[X_PANEL] + start // 4 * 2 * VECTOR, x[X_CODES] + first * stride + start
+        group = (first * stride // 32 + start // GROUP) * 4
+        tile_i8(panel, codes, stride, n, x[X_GROUP_SCALES] + group, x[X_SUMS] + group, stride // 8, x[X_TILE])
+
+
+@njit(**INLINE)
+def value_f32(products, i, scales, row, scale):
+    """Take it as it is."""
+    return f32(products)[i]
+
+
+@njit(**INLINE)
+def value_i16(products, i, scales, row, scale):
+    """Scale a sum of codes by row and token."""
+    return float32(i32(products)[i]) * f32(scales)[row] * scale
+
+
+@njit(**INLINE)
+def value_i8(products, i, scales, row, scale):
+    """Scale by row alone: the groups' scales were multiplied in."""
+    return f32(products)[i] * f32(scales)[row]
+
+
+floats_by_tiles = _by_tiles(multiply_f32, value_f32)
+pairs_by_tiles = _by_tiles(multiply_i16, value_i16)
+bytes_by_tiles = _by_tiles(multiply_i8, value_i8)
+
+
+@njit(**HELP)
+def codes_by_tiles(codes, row_bytes, x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
+    """Multiply rows of int8 codes, which lie outside the panel, by all tokens."""
+    if BYTES:
+        pack_bytes(codes, row_bytes, n_in, n_rows, i64(x)[X_PANEL])
+        bytes_by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
+    else:
+        pack_pairs(codes, row_bytes, n_in, n_rows, i64(x)[X_PANEL])
+        pairs_by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
+
+
+def panel_of_decoded(decode: Any) -> Any:
+    """Return `panel` for rows that `decode(w, row, y, step)` turns into the floats y[0], y[step], y[2 step], ..."""
+
+    @njit(**HELP)
+    def panel(w, x, y, y_stride, n_tokens, row, n_rows):
+        for r in range(n_rows):
+            decode(w, row + r, i64(x)[X_PANEL] + r * 4, PANEL)
+        floats_by_tiles(x, y, y_stride, n_tokens, row, n_rows, 0, i64(w)[W_N_IN])
+
+    return panel
+
+
+# Panels
+
+
+def _pack(unit: Any, widen: Callable[[Any, Any], Any]) -> Any:
+    """Return what unpacks PANEL rows for a tile: `pack(rows, row_bytes, n_units, panel)`.
+
+    A unit is what one lane of the panel holds of one row. Squares of LANES x LANES units are transposed in registers
+    by perfect shuffles, as many times as 2 goes into LANES, and each line widened to 4 bytes a lane: ten
+    times as fast as unit by unit. What does not fill a square, n_units % LANES, is left to the caller.
+    """
+    size = unit.width // 8
+
+    @instruction(void, *[int64] * 4)
+    def pack(b: Any, rows: Any, row_bytes: Any, n_units: Any, panel: Any) -> None:
+        low = [lane // 2 + lane % 2 * LANES for lane in range(LANES)]
+        high = [lane + LANES // 2 for lane in low]
+        with cgutils.for_range(b, b.udiv(n_units, word(LANES))) as loop:
+            first = b.mul(loop.index, word(LANES))
+            for half_panel in range(2):
+                square = []
+                for row in range(LANES):
+                    at = advance(b, rows, row_bytes, half_panel * LANES + row)
+                    square.append(load(b, advance(b, at, first, size), vector_of(unit, LANES)))
+                for _ in range(LANES.bit_length() - 1):
+                    pairs = list(zip(square[: LANES // 2], square[LANES // 2 :], strict=True))
+                    square = [shuffle(b, v, w, lanes) for v, w in pairs for lanes in (low, high)]
+                for i, line in enumerate(square):
+                    at = advance(b, advance(b, panel, first, 2 * VECTOR), i * 2 * VECTOR + half_panel * VECTOR)
+                    store(b, widen(b, line), at)
+
+    return pack
+
+
+def _widen_codes(b: Any, pairs: Any) -> Any:
+    return b.sext(b.bitcast(pairs, vector_of(I8, 2 * LANES)), vector_of(I16, 2 * LANES))
+
+
+pack_squares_i8 = _pack(I16, _widen_codes)  # a unit is two int8, which become two int16
+pack_squares_u8 = _pack(I32, lambda b, codes: b.xor(codes, ir.Constant(codes.type, [0x80808080] * LANES)))  # + 128
+pack_squares_f16 = _pack(I16, widen_half)
+pack_squares_f32 = _pack(I32, lambda b, line: line)
+
+
+@njit(**HELP)
+def pack_bytes(codes, row_bytes, n_in, n_rows, panel):
+    """Spread rows over lanes: panel[four, row] = codes[row, 4 four .. 4 four + 3] + 128 as uint8."""
+    never_inline()
+    done = 0
+    if n_rows == PANEL:
+        pack_squares_u8(codes, row_bytes, n_in // 4, panel)
+        done = n_in // 4 // LANES * LANES * 4
+    panel = u8(panel)
+    for r in range(n_rows):
+        source = i8(codes + r * row_bytes)
+        for i in range(done, n_in):
+            panel[(i // 4 * PANEL + r) * 4 + i % 4] = source[i] + 128
+
+
+@njit(**HELP)
+def pack_pairs(codes, row_bytes, n_in, n_rows, panel):
+    """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16."""
+    never_inline()
+    n_pairs, done = n_in // 2, 0
+    if n_rows == PANEL:
+        pack_squares_i8(codes, row_bytes, n_pairs, panel)
+        done = n_pairs // LANES * LANES
+    panel = i16(panel)
+    for r in range(n_rows):
+        source = i8(codes + r * row_bytes)
+        for i in range(2 * done, n_in):
+            panel[(i // 2 * PANEL + r) * 2 + i % 2] = source[i]
+        if n_in % 2:
+            panel[(n_pairs * PANEL + r) * 2 + 1] = 0

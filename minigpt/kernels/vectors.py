@@ -1,0 +1,122 @@
+"""Pieces of LLVM IR that other modules put together: what LLVM's own vectorizer does not find.
+
+Functions take an IR builder `b` and IR values. The code is generic: the backend turns it into what the target has
+(`vpdpwssd`, `pmaddwd`, `smlal`, ...).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from minigpt.kernels.target import HALF_IN_HARDWARE
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def vector_of(element: Any, n: int) -> Any:
+    """Return the type of n lanes."""
+    return ir.VectorType(element, n)
+
+
+def word(value: int) -> Any:
+    """Return an int64 constant."""
+    return ir.Constant(I64, value)
+
+
+def advance(b: Any, address: Any, index: Any, size: int = 1) -> Any:
+    """Return address + index * size; index is a Python int or an IR value."""
+    return b.add(address, word(index * size) if isinstance(index, int) else b.mul(index, word(size)))
+
+
+def load(b: Any, address: Any, kind: Any, align: int = 1) -> Any:
+    """Read a scalar or a vector."""
+    value = b.load(b.inttoptr(address, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def store(b: Any, value: Any, address: Any) -> None:
+    """Write a vector of 4-byte lanes."""
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
+
+
+def prefetch(b: Any, address: Any) -> None:
+    """Ask for a cache line; the address may be anywhere."""
+    pointer = I8.as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    hint = cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0")
+    b.call(hint, [b.inttoptr(address, pointer), *(ir.Constant(I32, v) for v in (0, 3, 1))])  # to read, keep, data
+
+
+def shuffle(b: Any, a: Any, c: Any, lanes: list[int]) -> Any:
+    """Return the named lanes of a followed by c."""
+    return b.shuffle_vector(a, c, ir.Constant(vector_of(I32, len(lanes)), lanes))
+
+
+def broadcast(b: Any, value: Any, kind: Any) -> Any:
+    """Fill a vector with one value."""
+    vector = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return shuffle(b, vector, vector, [0] * kind.count)
+
+
+def widen_half(b: Any, bits: Any) -> Any:
+    """Convert float16 bits, a scalar or a vector of i16, to float32."""
+    n = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+    kind = (lambda scalar: vector_of(scalar, n)) if n else (lambda scalar: scalar)
+    constant = lambda scalar, v: ir.Constant(kind(scalar), [v] * n if n else v)  # noqa: E731
+    if HALF_IN_HARDWARE:
+        return b.fpext(b.bitcast(bits, kind(ir.HalfType())), kind(F32))
+    # Shift exponent and mantissa into a float32's place; 2^112 makes up for the smaller exponent bias (no infinities)
+    wide = b.zext(bits, kind(I32))
+    magnitude = b.shl(b.and_(wide, constant(I32, 0x7FFF)), constant(I32, 13))
+    scaled = b.fmul(b.bitcast(magnitude, kind(F32)), constant(F32, 2.0**112))
+    sign = b.shl(b.and_(wide, constant(I32, 0x8000)), constant(I32, 16))
+    return b.bitcast(b.or_(b.bitcast(scaled, kind(I32)), sign), kind(F32))
+
+
+def multiply_pairs(b: Any, w: Any, x: Any) -> Any:
+    """Return w[2i] * x[2i] + w[2i + 1] * x[2i + 1], i16 to i32: the one pattern that LLVM turns into `pmaddwd`.
+
+    Added to an accumulator it becomes `vpdpwssd` where the CPU has it.
+    """
+    n = w.type.count
+    wide = vector_of(I32, n)
+    products = b.mul(b.sext(w, wide), b.sext(x, wide))
+    even = shuffle(b, products, products, list(range(0, n, 2)))
+    odd = shuffle(b, products, products, list(range(1, n, 2)))
+    return b.add(even, odd)
+
+
+def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
+    """Add four products of uint8 w and int8 x to each int32 lane; only where BYTES says that the CPU can."""
+    kinds = [total.type, w.type, x.type]
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
+    dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(total.type, kinds), name)
+    return b.call(dot, [total, w, x])
+
+
+def multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
+    """Return a * c + total in float32, fused where the CPU can (`llvm.fma` would call a library elsewhere)."""
+    return b.fadd(b.fmul(a, c, flags=("contract",)), total, flags=("contract",))
+
+
+def fold(b: Any, vector: Any, n: int) -> Any:
+    """Add halves of a vector to each other until n lanes are left."""
+    add = b.add if vector.type.element == I32 else b.fadd
+    while (lanes := vector.type.count) > n:
+        low = shuffle(b, vector, vector, list(range(lanes // 2)))
+        vector = add(low, shuffle(b, vector, vector, list(range(lanes // 2, lanes))))
+    return vector
+
+
+def sum_lanes(b: Any, vector: Any) -> Any:
+    """Add up the lanes."""
+    return b.extract_element(fold(b, vector, 1), ir.Constant(I32, 0))
+
+
+def accumulators(b: Any, kind: Any, n: int) -> list[Any]:
+    """Return n variables that begin with zeros."""
+    return [cgutils.alloca_once_value(b, ir.Constant(kind, None)) for _ in range(n)]
