@@ -90,7 +90,7 @@ class Program:
             self._runs[n_runs] = n_tokens
             fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP] = n_tokens, n_keep
             fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = n_runs, logits.ctypes.data
-            self.team.run(self._forward, self._address)
+            self.team.run(self._forward, self._address, alike=n_tokens == 1)
         return logits
 
     def _describe_model(self) -> None:

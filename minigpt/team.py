@@ -11,9 +11,11 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ from numpy.typing import NDArray
 from minigpt import layout, ops
 from minigpt.errors import OptionError
 
+WINDOW = 16  # jobs that are timed together to see whether sharing them out pays
+UNEVEN = 1.25  # times the quickest job of a window: a mean beyond it says that threads wait for their processors
+LONGEST = 16  # windows until that is asked again
 PATIENCE = 1000  # yields before a worker without a job sleeps: about half a millisecond on an idle processor
 MAX_THREADS = 256
 
@@ -55,22 +60,25 @@ class Team:
         self._record = np.zeros(layout.T_STATES + self.n_threads * layout.T_STRIDE, np.int64)
         self.address: int = self._record.ctypes.data
         self._run_job = _call("run_team")
+        self._alone = False
         self.forget_workers()
         _TEAMS.add(self)
 
-    def run(self, kernel: int, argument: int) -> None:
+    def run(self, kernel: int, argument: int, alike: bool = False) -> None:
         """Let the threads call the kernel at this address with (argument, thread number).
 
         Returns when thread 0, the caller, and all that came in time are through; a worker that is late takes no part.
+        Jobs that are `alike`, of one kernel and size, are timed, and left to thread 0 alone while that is quicker.
         """
         with self.lock:
-            if len(self._beds) < len(self._states):
-                self._start_workers()
-            for state, bed in zip(self._states, self._beds, strict=True):
-                if self._fields[state]:  # parked: it may come too late for this job, but not for the next
-                    self._fields[state] = 0
-                    bed.release()
+            alone: bool = alike and self._alone
+            self._fields[layout.T_ALONE] = alone
+            if not alone:
+                self._wake_workers()
+            began = time.perf_counter()
             self._run_job(self.address, kernel, argument)
+            if alike and self._states:
+                self._alone = self._pace.send(time.perf_counter() - began)
 
     def forget_workers(self) -> None:
         """Begin without any workers: when made, and in a forked child."""
@@ -81,6 +89,16 @@ class Team:
         self._fields = self._record.data
         self._states = [layout.T_STATES + thread * layout.T_STRIDE for thread in range(1, self.n_threads)]
         self._beds: list[threading.Semaphore] = []
+        self._pace = pace()
+        self._alone = next(self._pace)
+
+    def _wake_workers(self) -> None:
+        if len(self._beds) < len(self._states):
+            self._start_workers()
+        for state, bed in zip(self._states, self._beds, strict=True):
+            if self._fields[state]:  # parked: it may come too late for this job, but not for the next
+                self._fields[state] = 0
+                bed.release()
 
     def _start_workers(self) -> None:
         work = _call("work_for_team")
@@ -89,6 +107,32 @@ class Team:
             arguments = (work, self._record, thread, bed)
             threading.Thread(target=_worker, args=arguments, name=f"minigpt-{thread}", daemon=True).start()
         weakref.finalize(self, _dismiss, self._record, self._beds)
+
+
+def pace() -> Generator[bool, float, None]:
+    """Yield whether thread 0 should do the next job alone, and be sent the seconds that it took.
+
+    Where other processes want the processors too, a thread that loses its own inside a chunk holds up the others for
+    milliseconds. A window of jobs, some of which took far longer than the quickest, tells of that. The next window is
+    done alone, and what was quicker is kept for a while, each time for twice as long.
+    """
+    patience = 1
+    while True:
+        shared = yield from _window(False)
+        if mean(shared) <= UNEVEN * min(shared):
+            patience = 1
+            continue
+        alone = yield from _window(True)
+        for _ in range(patience):
+            yield from _window(mean(alone) < mean(shared))
+        patience = min(2 * patience, LONGEST)
+
+
+def _window(alone: bool) -> Generator[bool, float, list[float]]:
+    times: list[float] = []
+    while len(times) < WINDOW:
+        times.append((yield alone))
+    return times
 
 
 _TEAMS: weakref.WeakSet[Team] = weakref.WeakSet()

@@ -42,17 +42,53 @@ def counting():
     return cfunc(types.void(types.int64, types.int64), **FAST)(count)
 
 
-def run_jobs(crew, counting, n_jobs):
+def run_jobs(crew, counting, n_jobs, alike=False):
     record = np.zeros(1 + 2 * N_CHUNKS, np.int64)
     record[0] = crew.address
     for _ in range(n_jobs):
-        crew.run(counting.address, record.ctypes.data)
+        crew.run(counting.address, record.ctypes.data, alike)
     assert (record[1:] == n_jobs).all()
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
 def test_every_chunk_is_done_once(counting, n_threads):
     run_jobs(Team(n_threads), counting, 300)
+
+
+def test_jobs_of_thread_0_alone_are_complete(counting, monkeypatch):
+    monkeypatch.setattr(team, "WINDOW", 3)
+    monkeypatch.setattr(team, "UNEVEN", 0.0)  # any window makes the team try without its workers
+    crew = Team(3)
+    run_jobs(crew, counting, 100, alike=True)
+
+
+def paced(seconds, n_jobs):
+    """Return what the team decided for each job, where `seconds(alone, job)` is how long one takes."""
+    pace = team.pace()
+    decisions = [next(pace)]
+    for job in range(n_jobs - 1):
+        decisions.append(pace.send(seconds(decisions[-1], job)))
+    return decisions
+
+
+def test_work_is_shared_while_jobs_take_alike():
+    assert not any(paced(lambda alone, job: 1.0 + job % 2 / 10, 1000))
+
+
+def test_a_team_that_waits_for_its_processors_leaves_the_work_to_one_thread():
+    decisions = paced(lambda alone, job: 2.0 if alone else 1 + 9 * (job % 4 == 0), 3000)
+    assert not any(decisions[: team.WINDOW])
+    assert sum(decisions[-1000:]) > 900
+
+
+def test_uneven_work_is_shared_as_long_as_one_thread_is_slower():
+    assert sum(paced(lambda alone, job: 8.0 if alone else 1 + 9 * (job % 4 == 0), 3000)[-1000:]) < 100
+
+
+def test_work_is_shared_again_when_the_others_have_gone():
+    decisions = paced(lambda alone, job: 2.0 if alone else 1 + 9 * (job % 4 == 0 and job < 1000), 2000)
+    assert any(decisions[:1000])
+    assert not any(decisions[-500:])
 
 
 def test_workers_park_and_are_woken(counting, monkeypatch):

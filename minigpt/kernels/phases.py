@@ -107,10 +107,13 @@ def finish_phase(team, phase):
 
 @entry(3)
 def run_team(team, kernel, argument):
-    """Open a job for the workers, take part in it as thread 0, close it, and wait until all have left."""
+    """Open a job for the workers if they may have part in it, do it as thread 0, and wait until all have left."""
     record = i64(team)
     record[T_ENTRY], record[T_ARGUMENT] = kernel, argument
     record[T_TICKET], record[T_DONE] = 0, 0
+    if record[T_ALONE]:
+        call_entry(kernel, (argument, 0))
+        return
     job = (record[T_JOB] >> 32) + 1  # odd
     atomic_exchange(team + T_JOB * 8, job << 32)
     call_entry(kernel, (argument, 0))
