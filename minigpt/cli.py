@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "check every byte of a .mgpt file against its checksums",
     "convert": "turn a Hugging Face GPT-2 folder into a .mgpt file",
     "compress": "trim, prune and quantize a model, step by step",
+    "report": "compress a model in several ways and show on one page what it costs and what is left",
     "export": "turn a .mgpt file back into a Hugging Face GPT-2 folder",
     "warmup": "compile the kernels that a model needs, once per device",
     "bench": "measure speed, memory and start-up of a model on this machine",

@@ -2,9 +2,10 @@
 
 The protocol. Every figure is the median of several runs, given with the lowest and the highest, after a run that
 does not count. Decoding: a short prompt, then greedy tokens one by one, timed from the first to the last. Prefill:
-a long prompt up to the logits of its last token. Start-up and peak memory: a fresh process, whose files are in the
-page cache already. Bandwidth is measured in the same rounds as decoding, because a shared machine changes its speed.
-Nothing here prints, and nothing compares with other engines (`benchmarks/compare.py` does).
+a long prompt up to the logits of its last token. Start-up, memory, energy, and the time of single tokens: a fresh
+process, whose files are in the page cache already. Bandwidth is measured in the same rounds as decoding, because a
+shared machine changes its speed. Nothing here prints, and nothing compares with other engines (`benchmarks/compare.py`
+does).
 """
 
 from __future__ import annotations
@@ -259,15 +260,19 @@ STAGES = {  # what a process does up to its first token and on; the first is the
     "kernels": "model = m.GPT2(checkpoint, n_threads)",
     "tokenizer": "ids = tokenizer.Tokenizer(checkpoint.vocabulary).encode(text)[:16]",
     "first token": "cache = m.KVCache(model.config); token = model.forward(ids, cache)[0].argmax()",
-    "generation": "for _ in range(n_tokens - 1): token = model.forward([token], cache)[0].argmax()",
+    "generation": """for _ in range(n_tokens - 1):
+    began = time.perf_counter()
+    token = model.forward([token], cache)[0].argmax()
+    tokens.append(time.perf_counter() - began)""",
 }
 
 _CHILD = """
 import sys, time
 path, n_threads, text, n_tokens, stages = eval(sys.stdin.readline())
+tokens = []
 for stage in stages:
     exec(stage)
-    print(time.process_time(), flush=True)
+    print(time.process_time(), *tokens, flush=True)
     sys.stdin.readline()
 """
 
@@ -302,12 +307,30 @@ class Start:
     cpu_s : Spread
         Processor seconds of the whole process.
     stages : dict of str to Stage
+    token_ms_p50, token_ms_p95 : Spread
+        Of the generation's tokens after the first, the median and the 95th percentile of each run.
+    token_cpu_ms : Spread
+        Processor time of all threads for one of them.
+    utilisation : Spread
+        Processors that were busy on average while they were generated.
+    joules_per_token : Spread or None
+        What the machine's processors, whoever used them, took meanwhile; None where `energy_counters` has none.
+    pss_mb, mapped_mb : Spread or None
+        Proportional set size at the end: pages that several processes share count as their share. And the part of it
+        that is the mapped model file. None where the system does not tell (it is /proc/PID/smaps of Linux).
     """
 
     ttft_s: Spread
     peak_rss_mb: Spread
     cpu_s: Spread
     stages: dict[str, Stage]
+    token_ms_p50: Spread
+    token_ms_p95: Spread
+    token_cpu_ms: Spread
+    utilisation: Spread
+    joules_per_token: Spread | None
+    pss_mb: Spread | None
+    mapped_mb: Spread | None
 
 
 def start(
@@ -326,27 +349,55 @@ def start(
     first_token = list(STAGES).index("first token")
     stages = {}
     for i, name in enumerate(STAGES):
-        before = [run[i - 1] if i else Mark(0.0, 0, 0.0) for run in watched]
+        before = [run[i - 1] if i else Mark(0.0, 0, 0.0, [], {}, {}, None) for run in watched]
         now = [run[i] for run in watched]
         stages[name] = Stage(
             seconds=spread(mark.seconds for mark in now),
             cpu_s=spread(b.cpu_s - a.cpu_s for a, b in zip(before, now, strict=True)),
             megabytes=spread((b.peak_rss - a.peak_rss) / 1e6 for a, b in zip(before, now, strict=True)),
         )
+    ends = [(run[-2], run[-1]) for run in watched]  # of the first token and of the generation
+    joules = [spent(a.energy_after, b.energy) for a, b in ends]
+    memory = [b.memory for _, b in ends if b.memory is not None]
     return Start(
         ttft_s=spread(sum(mark.seconds for mark in run[: first_token + 1]) for run in watched),
         peak_rss_mb=spread(run[-1].peak_rss / 1e6 for run in watched),
         cpu_s=spread(run[-1].cpu_s for run in watched),
         stages=stages,
+        token_ms_p50=spread(1e3 * float(np.quantile(b.tokens, 0.5)) for _, b in ends),
+        token_ms_p95=spread(1e3 * float(np.quantile(b.tokens, 0.95)) for _, b in ends),
+        token_cpu_ms=spread(1e3 * (b.cpu_s - a.cpu_s) / len(b.tokens) for a, b in ends),
+        utilisation=spread((b.cpu_s - a.cpu_s) / sum(b.tokens) for a, b in ends),
+        joules_per_token=spread(j / (n_tokens - 1) for j in joules if j is not None) if None not in joules else None,
+        pss_mb=spread(total / 1e6 for total, _ in memory) if memory else None,
+        mapped_mb=spread(mapped / 1e6 for _, mapped in memory) if memory else None,
     )
 
 
 class Mark(NamedTuple):
-    """Where a fresh process stood after a stage: seconds since the stage before, peak bytes, processor seconds."""
+    """Where a fresh process stood after a stage.
+
+    Attributes
+    ----------
+    seconds, cpu_s : float
+        Since the stage before by the clock; processor time since the start.
+    peak_rss : int
+        Bytes.
+    tokens : list of float
+        Seconds of each token of the generation.
+    energy, energy_after : dict of str to int
+        `energy_counters` when the stage ended and when the next began.
+    memory : tuple of int or None
+        See `proportional`; after the last stage only.
+    """
 
     seconds: float
     peak_rss: int
     cpu_s: float
+    tokens: list[float]
+    energy: dict[str, int]
+    energy_after: dict[str, int]
+    memory: tuple[int, int] | None
 
 
 def _watch(job: tuple[Any, ...]) -> list[Mark]:
@@ -362,8 +413,10 @@ def _watch(job: tuple[Any, ...]) -> list[Mark]:
         child.stdin.write(f"{job!r}\n")
         child.stdin.flush()
         for line in child.stdout:
-            seconds = time.perf_counter() - began
-            marks.append(Mark(seconds, peak_rss(child.pid), float(line)))
+            seconds, energy = time.perf_counter() - began, energy_counters()
+            cpu, *tokens = map(float, line.split())
+            memory = proportional(child.pid, job[0]) if tokens else None
+            marks.append(Mark(seconds, peak_rss(child.pid), cpu, tokens, energy, energy_counters(), memory))
             began = time.perf_counter()
             child.stdin.write("\n")
             child.stdin.flush()
@@ -395,6 +448,41 @@ def peak_rss(pid: int) -> int:
         ) from None
     memory = psutil.Process(pid).memory_info()
     return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def proportional(pid: int, path: str) -> tuple[int, int] | None:
+    """Return a running process's proportional set size and the part of it that maps a file, bytes; None if unknown."""
+    total, mapped, name = 0, 0, ""
+    for line in _read(f"/proc/{pid}/smaps").splitlines():
+        field, _, value = line.partition(":")
+        if "-" in field.split(" ")[0]:  # the head of a mapping: addresses, rights, offset, device, inode, name
+            name = " ".join(line.split(maxsplit=5)[5:])
+        elif field == "Pss":
+            total += (size := 1024 * int(value.split()[0]))
+            mapped += size if name == path else 0
+    return (total, mapped) if total else None
+
+
+POWERCAP = "/sys/class/powercap"
+
+
+def energy_counters() -> dict[str, int]:
+    """Return the microjoules that each processor package has taken, by its folder; empty where nothing tells.
+
+    Linux shows RAPL's counters there, on most systems to root alone; a virtual machine has none.
+    """
+    packages = sorted(Path(POWERCAP).glob("intel-rapl:*"))
+    texts = {str(p): _read(str(p / "energy_uj")) for p in packages if p.name.count(":") == 1}
+    return {package: int(text) for package, text in texts.items() if text}
+
+
+def spent(before: Mapping[str, int], after: Mapping[str, int]) -> float | None:
+    """Return the joules between two readings of `energy_counters`, which begin anew at their end; None without any."""
+    joules = 0.0
+    for package, count in after.items():
+        wrapped = int(_read(f"{package}/max_energy_range_uj") or 0) if count < before[package] else 0
+        joules += (count - before[package] + wrapped) / 1e6
+    return joules if after else None
 
 
 # ---- where ------------------------------------------------------------------------------------------------------

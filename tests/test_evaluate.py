@@ -74,6 +74,31 @@ def test_kl_is_that_of_the_definition(small):
     assert ev.evaluate(gpt2, IDS[:11], vocabulary, reference=other).kl == pytest.approx(expected, rel=1e-4)
 
 
+def test_models_side_by_side_are_measured_as_alone(small):
+    gpt2, vocabulary = small
+    other = GPT2(small_checkpoint(seed=9))
+    together = ev.evaluate_together([gpt2, other], IDS, vocabulary, context=30, stride=10, reference=gpt2)
+    for model, result in zip((gpt2, other), together, strict=True):
+        assert result == ev.evaluate(model, IDS, vocabulary, context=30, stride=10, reference=gpt2)
+
+
+def test_intervals(small):
+    gpt2, vocabulary = small
+    result = ev.evaluate(gpt2, IDS, vocabulary, context=15)
+    assert result.perplexity_low < result.perplexity < result.perplexity_high
+    assert result.bits_per_byte_low < result.bits_per_byte < result.bits_per_byte_high
+    assert result.windows.shape == (9, 3)
+    assert result.windows.sum(axis=0)[:2] == pytest.approx([result.nll * result.tokens, result.tokens])
+    assert ev.evaluate(gpt2, IDS, vocabulary, max_tokens=10).perplexity_low is None
+
+
+def test_the_interval_of_a_mean_is_that_of_theory():
+    values = np.random.default_rng(1).normal(5, 2, (400, 1))
+    low, high = ev.interval(ev.resampled(values)[:, 0] / 400)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
+    assert (low, high) == ev.interval(ev.resampled(values)[:, 0] / 400)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

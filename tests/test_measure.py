@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import small_checkpoint
 
@@ -80,6 +81,11 @@ def test_start_watches_every_stage(path):
         assert is_sane(stage.megabytes, 2)
     assert is_sane(start.ttft_s, 2)
     assert is_sane(start.cpu_s, 2)
+    for name in ("token_ms_p50", "token_ms_p95", "token_cpu_ms", "utilisation"):
+        assert is_sane(getattr(start, name), 2)
+    assert start.token_ms_p50.minimum <= start.token_ms_p95.maximum
+    if start.pss_mb is not None:
+        assert start.peak_rss_mb.maximum > start.pss_mb.maximum > start.mapped_mb.maximum > 0
     assert start.peak_rss_mb.minimum > start.stages["python"].megabytes.maximum > 0
     assert start.ttft_s.minimum >= start.stages["numpy"].seconds.minimum
 
@@ -131,6 +137,32 @@ def test_peak_rss_is_this_process_alone():
         peak = measure.peak_rss(child.pid)
         child.communicate(b"\n")
     assert measure.peak_rss(os.getpid()) > 200_000_000 > peak > 0
+
+
+def test_proportional_memory_tells_a_mapped_file_apart(tmp_path):
+    path = tmp_path / "a file.bin"
+    np.ones(5_000_000, np.int8).tofile(path)
+    mapped = np.memmap(path, np.int8, "r")
+    assert mapped.sum() == 5_000_000
+    found = measure.proportional(os.getpid(), str(path))
+    if found is None:
+        pytest.skip("this system has no smaps")
+    total, of_file = found
+    assert total > of_file >= 5_000_000
+
+
+def test_energy(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "POWERCAP", str(tmp_path))
+    assert measure.spent(measure.energy_counters(), measure.energy_counters()) is None
+    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+        tmp_path.joinpath(name).mkdir()
+        tmp_path.joinpath(name, "energy_uj").write_text("2000000\n")
+        tmp_path.joinpath(name, "max_energy_range_uj").write_text("9000000\n")
+    before = measure.energy_counters()
+    assert [name.rpartition(":")[2] for name in before] == ["0", "1"]
+    tmp_path.joinpath("intel-rapl:0", "energy_uj").write_text("3500000\n")
+    tmp_path.joinpath("intel-rapl:1", "energy_uj").write_text("1000000\n")  # has begun anew
+    assert measure.spent(before, measure.energy_counters()) == pytest.approx(1.5 + 8.0)
 
 
 def test_peak_rss_without_proc_and_psutil(monkeypatch):

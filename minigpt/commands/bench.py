@@ -17,7 +17,12 @@ ROWS = {  # attribute of Benchmark: (label, unit, digits)
     "prefill_tokens_per_s": ("prefill, {n_prompt} tokens", "tokens/s", 0),
     "load_s": ("load, kernels at hand", "s", 4),
     "ttft_s": ("fresh process to first token", "s", 3),
+    "token_ms_p50": ("time of a token, p50", "ms", 2),
+    "token_ms_p95": ("time of a token, p95", "ms", 2),
     "peak_rss_mb": ("peak memory of a generation", "MB", 1),
+    "pss_mb": ("proportional memory", "MB", 1),
+    "mapped_mb": ("of which the mapped file", "MB", 1),
+    "joules_per_token": ("energy per token", "J", 4),
     "cpu_ms_per_token": ("processor time per token", "ms", 2),
     "bandwidth_gb_s": ("bandwidth, bytes of a token", "GB/s", 1),
     "memory_gb_s": ("bandwidth, beyond caches", "GB/s", 1),
@@ -71,15 +76,17 @@ def as_json(result: Benchmark) -> dict[str, Any]:
 
 def _spreads(result: Benchmark) -> Iterator[tuple[str, Spread]]:
     for name in ROWS:
-        yield name, getattr(result if hasattr(result, name) else result.start, name)
+        figure = getattr(result if hasattr(result, name) else result.start, name)
+        if figure is not None:
+            yield name, figure
     yield "cpu_s", result.start.cpu_s
 
 
 def _print(result: Benchmark) -> None:
     figures = dict(_spreads(result))
     rows: list[tuple[str, ...]] = [("", "median", "min", "max", "")]
-    for name, (label, unit, digits) in ROWS.items():
-        figure = figures[name]
+    for name in (name for name in ROWS if name in figures):
+        (label, unit, digits), figure = ROWS[name], figures[name]
         cells = [f"{value:,.{digits}f}" for value in (figure.median, figure.minimum, figure.maximum)]
         rows.append((label.format(**vars(result)), *cells, unit))
     common.print_table(rows)

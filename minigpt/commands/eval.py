@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
     )
     values = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+    del values["windows"]
     if options.json:
         print(json.dumps(values))
     else:
