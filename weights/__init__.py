@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from pathlib import Path
 
-DEFAULT = Path(__file__).with_name("requirements-6x384-int8.mgpt")
+DEFAULT = Path(__file__).with_name("requirements-6x384-pruned40.mgpt")
