@@ -272,7 +272,7 @@ def test_recipes_are_written_as_the_command_line_reads_them(name):
 
 def test_an_embedded_file_is_found_by_its_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (stage,) = stages.given(["default=weights/requirements-6x384-int8.mgpt"])
+    (stage,) = stages.given(["default=weights/requirements-6x384-pruned40.mgpt"])
     assert stage.path.exists()
 
 
