@@ -112,8 +112,8 @@ def test_curves_begin_with_the_untouched_model(found):
     for techniques in found["curves"].values():
         assert list(techniques) == list(curves.TECHNIQUES)
         for points in techniques.values():
-            assert points[0]["value"] is None
-            assert points[0] == next(iter(techniques.values()))[0]
+            assert points[0]["removed"] == 0
+            assert points[0]["windows"] == techniques["bits"][0]["windows"]
             removed = [point["removed"] for point in points]
             assert removed == sorted(removed)
             for point in points:
@@ -361,7 +361,7 @@ def test_verdicts(tuned, raw, words):
     rows = resistance.compared(curves, {"fine-tuned": 1000, "raw": 1000})
     assert [row["measure"] for row in rows] == list(resistance.MEASURES)
     (sentence,) = resistance.verdicts(rows, {"sparsity": "growing sparsity"})
-    assert f'growing sparsity: "a fine-tuned model resists more" {words}.' in sentence
+    assert f'With growing sparsity, "a fine-tuned model resists more" {words}.' in sentence
 
 
 def test_what_is_never_reached_is_said():

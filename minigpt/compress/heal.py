@@ -309,6 +309,8 @@ def heal(
     """
     kept = []
     for name, function in REFITS.items():
+        if not measured["kl"]:  # nothing to mend, as after a step that the reference takes too
+            break
         progress(f"healing, {name}")
         candidate = refit(checkpoint, pair, function)
         result = judge.measure(candidate)

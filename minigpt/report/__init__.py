@@ -47,7 +47,7 @@ class Effort:
 
     tokens: int = 16384
     context: int = 1024
-    curve_tokens: int = 4096
+    curve_tokens: int = 3072
     sensitivity_tokens: int = 512
     short_context: int = 256
     every: int = 1
@@ -55,8 +55,8 @@ class Effort:
     runs: int = 5
     prompts: int = 3
     sample_tokens: int = 64
-    calibration_tokens: int = 8192
-    held_out_tokens: int = 2048
+    calibration_tokens: int = 4096
+    held_out_tokens: int = 1024
     seed: int = 1
 
 

@@ -41,6 +41,8 @@ class Technique:
         Of its curve.
     label : str
         Format of a value.
+    untouched : callable
+        Configuration -> the value that stands for no change.
     values : callable
         Configuration -> how far the technique is pushed, mildest first.
     apply : callable
@@ -52,6 +54,7 @@ class Technique:
     title: str
     axis: str
     label: str
+    untouched: Callable[[Config], float]
     values: Callable[[Config], list[float]]
     apply: Callable[[Checkpoint, float], Checkpoint]
     removed: Callable[[Config, float], float]
@@ -93,6 +96,7 @@ TECHNIQUES = {
         "growing sparsity",
         "zeros among the blocks' weights",
         "{:.0%}",
+        lambda config: 0.0,
         lambda config: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
         sparser,
         lambda config, sparsity: sparsity,
@@ -101,6 +105,7 @@ TECHNIQUES = {
         "fewer layers",
         "layers left",
         "{:g}",
+        lambda config: config.n_layer,
         fewer_layers,
         shallower,
         lambda config, n_layer: 1 - n_layer / config.n_layer,
@@ -109,6 +114,7 @@ TECHNIQUES = {
         "fewer bits",
         "bits of the blocks' weights",
         "{:g}",
+        lambda config: BITS_BEFORE,
         lambda config: [8, 6, 5, 4, 3, 2],
         coarser,
         lambda config, bits: 1 - (bits + 1) / BITS_BEFORE,
@@ -137,15 +143,15 @@ def degradation(
         (nats) and number of targets of each window.
     """
 
-    def point(value: float | None, removed: float, changed: Checkpoint) -> dict[str, Any]:
+    def point(value: float, removed: float, changed: Checkpoint) -> dict[str, Any]:
         result = evaluate(GPT2(changed, n_threads), ids, checkpoint.vocabulary, context=context)
         windows = [[round(nll, 4), int(n)] for nll, n, _ in result.windows]
         return {"value": value, "removed": removed, "perplexity": result.perplexity, "windows": windows}
 
     progress("untouched")
-    first, curves = point(None, 0.0, checkpoint), {}
+    first, curves = point(0.0, 0.0, checkpoint), {}
     for name, technique in TECHNIQUES.items():
-        curves[name] = [first]
+        curves[name] = [first | {"value": technique.untouched(checkpoint.config)}]
         for value in technique.values(checkpoint.config)[::-every][::-1]:
             progress(f"{technique.title}, {value:g}")
             removed = technique.removed(checkpoint.config, value)

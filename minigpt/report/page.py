@@ -141,7 +141,7 @@ def conditions(report: Report) -> list[str]:
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
     parts = ["# How a model bears compression"]
-    parts += [f"- {sentence}" for sentence in report["verdicts"]] and ["\n".join(f"- {s}" for s in report["verdicts"])]
+    parts += ["\n".join(f"- {sentence}" for sentence in report["verdicts"])]
     parts += ["## Stages", _markdown_table(stage_table(report))]
     parts += ["\n".join(f"- {note}" for note in reasons(report))]
     parts += ["\n".join(f"- **{stage['name']}**: `{stage['made']}`" for stage in report["stages"])]
@@ -181,7 +181,7 @@ def html(report: Report, images: Mapping[str, bytes]) -> str:
         ),
         ("How each stage was made", _terms((stage["name"], stage["made"]) for stage in report["stages"])),
         *((PLOTS[name].title, pictures[name]) for name in ("pareto", "degradation")),
-        (PLOTS["resistance"].title, pictures["resistance"] + _html_table(resistance_table(report))),
+        (PLOTS["resistance"].title, pictures["resistance"] + _html_table(resistance_table(report), "texts")),
         (PLOTS["sensitivity"].title, pictures["sensitivity"]),
         ("The same prompts, the same seed", "".join(samples)),
         ("How it was measured", _terms((f.title, f.protocol) for f in FIGURES.values()) + _list(conditions(report))),

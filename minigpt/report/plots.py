@@ -160,8 +160,8 @@ def degradation(pyplot: Any, report: Report) -> Any:
     for column, (name, technique) in enumerate(TECHNIQUES.items()):
         above, below = panels[:, column]
         curves = {model: report["curves"][model][name] for model in MODELS if model in report["curves"]}
-        steps = sorted({(p["removed"], p["value"]) for points in curves.values() for p in points[1:]})
-        places = {0.0: 0} | {removed: place for place, (removed, _) in enumerate(steps, 1)}
+        steps = sorted({(p["removed"], p["value"]) for points in curves.values() for p in points})
+        places = {removed: place for place, (removed, _) in enumerate(steps)}
         highest = 0.0
         for model, points in curves.items():
             colour, marker = MODELS[model]
@@ -175,7 +175,7 @@ def degradation(pyplot: Any, report: Report) -> Any:
         below.axhline(10, color="black", linewidth=0.8, linestyle=":")
         below.set_yscale("symlog", linthresh=10)
         below.set(ylim=(-2, max(20, 1.6 * highest)), xlabel=technique.axis)
-        below.set_xticks(range(len(places)), ["all", *(technique.label.format(value) for _, value in steps)])
+        below.set_xticks(range(len(places)), [technique.label.format(value) for _, value in steps])
         for panel in (above, below):
             _plain_ticks(panel.yaxis)
             panel.grid()
@@ -197,7 +197,7 @@ def resistances(pyplot: Any, report: Report) -> Any:
                 height = techniques.index(row["technique"]) + shift
                 errors = [[max(0, value["value"] - value["low"])], [max(0, value["high"] - value["value"])]]
                 panel.errorbar(value["value"], height, xerr=errors, fmt=marker, color=colour, capsize=2, label=model)
-        panel.set(title=_title(row_of.title), xlim=(0, 1))
+        panel.set(title=_title(row_of.title), xlim=(-0.03, 1.03))
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(techniques)), [TECHNIQUES[name].title for name in techniques])
     panels[0].invert_yaxis()
@@ -294,7 +294,7 @@ def _plain_ticks(axis: Any, multiples: tuple[int, ...] = ()) -> None:
 
     if multiples:
         axis.set_major_locator(LogLocator(subs=multiples))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.{0 if abs(value) >= 1 or not value else 2}f}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -143,9 +143,9 @@ def verdicts(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> li
         claim = CLAIMS.get(findings, "depends on the measure")
         details = []
         for row in mine:
-            values = " against ".join(map(_said, row["values"].values()))
-            details.append(f"{MEASURES[row['measure']].title}: {values}, {row['finding']}")
-        sentences.append(f'{title}: "a fine-tuned model resists more" {claim}. {"; ".join(details)}.')
+            values = ", ".join(f"{model} {_said(value)}" for model, value in row["values"].items())
+            details.append(f"{MEASURES[row['measure']].title}: {values} ({row['finding']})")
+        sentences.append(f'With {title}, "a fine-tuned model resists more" {claim}. Share {"; ".join(details)}.')
     return sentences
 
 

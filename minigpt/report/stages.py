@@ -57,8 +57,8 @@ def careful(config: Config) -> Plan:
     """Keep all layers: fewer tokens, pruning and rounding by sweeps in which later weights make up for earlier ones."""
     return [
         ("vocabulary", {"minimum": 2}),
-        ("prune", {"sparsity": SPARSITY, "criterion": "sparsegpt"}),
-        ("quantize", {"encoding": "sparse", "method": "gptq"}),
+        ("prune", {"sparsity": SPARSITY, "criterion": "sparsegpt", "encoding": "sparse"}),
+        ("quantize", {"encoding": "int8", "only": "w?e.weight"}),
     ]
 
 
