@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from minigpt import report
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         finished=stages.given(options.stage),
         effort=effort if options.tokens is None else dataclasses.replace(effort, tokens=options.tokens),
         n_threads=options.threads,
-        progress=common.note if sys.stderr.isatty() else lambda message: None,
+        progress=phases(),
     )
     page.write(result, folder)
     if options.json:
@@ -72,3 +73,17 @@ def run(options: argparse.Namespace) -> None:
         for sentence in result["verdicts"]:
             print(sentence)
         common.note(f"{folder / 'report.html'}, report.md, report.json")
+
+
+def phases() -> Callable[[str], None]:
+    """Return a listener that notes when each part of the work begins; what changes faster stands after a colon."""
+    began, current = time.monotonic(), ""
+
+    def tell(message: str) -> None:
+        nonlocal current
+        phase = message.rpartition(": ")[0] or message
+        if phase != current:
+            common.note(f"{(time.monotonic() - began) / 60:5.1f} min  {phase}")
+        current = phase
+
+    return tell

@@ -153,7 +153,7 @@ def degradation(
     for name, technique in TECHNIQUES.items():
         curves[name] = [first | {"value": technique.untouched(checkpoint.config)}]
         for value in technique.values(checkpoint.config)[::-every][::-1]:
-            progress(f"{technique.title}, {value:g}")
+            progress(f"{technique.title}: {value:g}")
             removed = technique.removed(checkpoint.config, value)
             curves[name].append(point(value, removed, technique.apply(checkpoint, value)))
     return curves
@@ -185,7 +185,7 @@ def sensitivity(
     """Return, for each damage, the KL (nats a token) from the untouched model that it does in each layer."""
     reference, found = GPT2(checkpoint, n_threads), []
     for i in range(checkpoint.config.n_layer):
-        progress(f"sensitivity of layer {i + 1} of {checkpoint.config.n_layer}")
+        progress(f"sensitivity: layer {i + 1} of {checkpoint.config.n_layer}")
         models = [GPT2(damage(checkpoint, i), n_threads) for damage in DAMAGES.values()]
         results: list[Evaluation] = evaluate_together(
             models, ids, checkpoint.vocabulary, context=context, reference=reference

@@ -173,7 +173,7 @@ def build(
         progress(f"building {name}")
         plan = recipe.plan(original.config)
         text = calibration if recipe.calibrated else None
-        checkpoint = compress(original, plan, text, recipe.calibrated, prefixed(name, progress))
+        checkpoint = compress(original, plan, text, recipe.calibrated, prefixed(f"building {name}", progress))
         mgpt.save(checkpoint, path := folder / f"{number}.mgpt")
         flags = " ".join([*(flag(*step) for step in plan), *(["--heal"] if recipe.calibrated else [])])
         stages.append(Stage(name, path, flags))
