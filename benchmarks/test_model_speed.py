@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minigpt import layers, measure
+from minigpt.cache import KINDS
 from minigpt.checkpoint import load
 from minigpt.model import GPT2, KVCache
 from minigpt.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ TOLERANCE = {"f32": 1e-3, "f16": 1e-3, "int8": 2e-2, "int4": 5e-2}  # of the spr
 def numpy_logits(checkpoint, ids):
     """Return the logits of the last token in plain NumPy, [vocab_size]."""
     config, weights, positions = checkpoint.config, checkpoint.weights, np.arange(len(ids))
-    cache, batch = KVCache(config), layers.sequences(np.zeros(len(ids), np.int64), positions)
+    cache, batch = KVCache(config), layers.runs(np.zeros(len(ids), np.int64), positions)
     x = layers.embed(weights, ids, positions)  # [n, n_embd]
     for i in range(config.n_layer):
         x = layers.block(weights, config, i, x, cache.k[i], cache.v[i], batch)
@@ -48,6 +49,22 @@ def test_decode(benchmark, checkpoint, size, encoding, n_threads):
     speed = n_tokens / benchmark.stats.stats.median
     read = sum(measure.bytes_per_token(opened).values())
     benchmark.extra_info |= {"tokens_per_s": speed, "gb_s": speed * read / 1e9}
+
+
+@pytest.mark.benchmark(group="a token after 900 others")
+@pytest.mark.parametrize("kv_cache", KINDS)
+def test_long_context(benchmark, checkpoint, size, encoding, n_threads, kv_cache):
+    opened, n_tokens = checkpoint(size, encoding), 900
+    model = GPT2(opened, n_threads, kv_cache)
+    ids, cache = measure.some_ids(n_tokens + 1, opened.config.vocab_size), model.new_cache()
+    model.forward(ids[:n_tokens], cache)
+
+    def read_one():
+        cache.truncate(n_tokens)
+        return model.forward(ids[n_tokens:], cache)[0]
+
+    check(benchmark(read_one), opened, ids, encoding)
+    benchmark.extra_info |= {"ms": benchmark.stats.stats.median * 1e3, "cache_mb": cache.nbytes / 1e6}
 
 
 @pytest.mark.benchmark(group="prefill")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minigpt.errors import ContextError, OptionError
-from minigpt.model import GPT2, KVCache
+from minigpt.model import GPT2
 from minigpt.sampling import (
     SamplingOptions,
     check_finite,
@@ -116,7 +116,7 @@ def generate(
         )
     samplers = [make_sampler(options or SamplingOptions(), sequence) for sequence in range(n)]
     texts = [list(prompt) for _ in range(n)]
-    cache = KVCache(model.config, n)
+    cache = model.new_cache(n)
 
     def read_on(active: Sequence[int]) -> Floats:
         """Return the logits [n_active, vocab] after the last tokens of the active, equally long sequences."""
@@ -227,7 +227,7 @@ def beam_search(
     if not isinstance(length_penalty, int | float) or not -10 <= length_penalty <= 10:
         raise OptionError(f"length_penalty = {length_penalty!r} is not allowed; give a number in -10..10")
     limit = room if max_tokens is None else min(max_tokens, room)
-    cache = KVCache(model.config, n_beams)
+    cache = model.new_cache(n_beams)
     logits = model.forward(prompt, cache)  # [n_running, vocab], one at first
     beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished: list[Hypothesis] = []

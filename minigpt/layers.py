@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt import reference
+from minigpt.cache import F32Store
 from minigpt.checkpoint import Config
 from minigpt.encodings import Weight
 
@@ -49,15 +50,15 @@ def linear(weights: Weights, name: str, x: Floats) -> Floats:
 
 
 def attention(
-    weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Run]
+    weights: Weights, config: Config, i: int, x: Floats, k: F32Store, v: F32Store, batch: Iterable[Run]
 ) -> Floats:
     """Attend within each sequence and store its keys and values on the way.
 
     Parameters
     ----------
     x : ndarray of shape (n_tokens, n_embd), dtype=float32
-    k, v : ndarray of shape (n_sequences, n_head, n_positions, head_dim), dtype=float32
-        The cache of layer `i`; the positions of these tokens are overwritten.
+    k, v : F32Store
+        The cache of layer `i`, of any kind; the positions of these tokens are overwritten.
 
     Returns
     -------
@@ -69,8 +70,9 @@ def attention(
     mixed = np.empty((len(x), n_head, head_dim), np.float32)
     for tokens, s, first in batch:
         q, end = heads[0][:, tokens], first + tokens.stop - tokens.start
-        k[s, :, first:end], v[s, :, first:end] = heads[1][:, tokens], heads[2][:, tokens]
-        seen = reference.attention(q, k[s, :, :end], v[s, :, :end], config.attn_scale[i])
+        for store, rows in ((k, heads[1]), (v, heads[2])):
+            store.write(s, slice(first, end), rows[:, tokens])
+        seen = reference.attention(q, k.read(s, end), v.read(s, end), config.attn_scale[i])
         mixed[tokens] = seen.transpose(1, 0, 2)
     return linear(weights, f"h.{i}.attn.c_proj", mixed.reshape(len(x), -1))
 
@@ -81,7 +83,9 @@ def mlp(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
     return linear(weights, f"h.{i}.mlp.c_proj", act(linear(weights, f"h.{i}.mlp.c_fc", x)))
 
 
-def block(weights: Weights, config: Config, i: int, x: Floats, k: Floats, v: Floats, batch: Iterable[Run]) -> Floats:
+def block(
+    weights: Weights, config: Config, i: int, x: Floats, k: F32Store, v: F32Store, batch: Iterable[Run]
+) -> Floats:
     """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
     epsilon = config.layer_norm_epsilon
     x = x + attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch)

@@ -6,6 +6,8 @@ a count, or the bits of a float32. Every name is the index of its field. Nothing
 
 from __future__ import annotations
 
+CENTRED = 64  # neighbouring positions whose keys are kept relative to the first of them
+
 ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
 
 # A matrix [n_out, n_in]: the descriptor that a kernel is handed. Parts stand in the order of their encoding.
@@ -53,10 +55,13 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     L_MLP_C_PROJ_BIAS,
     L_N_HEAD,
     L_ATTN_SCALE,  # bits of a float32
-    L_KEYS,  # float32 [n_sequences, n_head, n_positions, head_dim]
+    L_KEYS,  # [n_sequences, n_head, n_positions, head_dim]: float32, or int8 with scales
+    L_KEY_SCALES,  # float32 [n_sequences, n_head, n_positions]
+    L_KEY_CENTRES,  # float32 [n_sequences, n_head, n_positions / CENTRED, head_dim]: what codes of keys are relative to
     L_VALUES,
+    L_VALUE_SCALES,
     L_SIZE,
-) = range(17)
+) = range(20)
 
 # A call of `forward`.
 (
@@ -80,6 +85,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_N_EMBD,
     P_HEAD_DIM,
     P_N_POSITIONS,  # of the cache
+    P_ATTEND,  # address of the kernel `attend_<kind of cache>`
     P_EPSILON,  # bits of a float32
     P_ACTIVATION,  # index of the activation function in ACTIVATION_FUNCTIONS
     P_CHUNKS,  # into how many pieces the rows of a matrix are cut
@@ -93,7 +99,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_SCORES,  # float32 [n_threads, P_SCORES_STRIDE]: attention's scratch
     P_SCORES_STRIDE,
     P_SIZE,
-) = range(33)
+) = range(34)
 
 # The team of threads: fields 16 apart, so that each has cache lines of its own.
 T_JOB = 0  # job number << 32 | threads inside; an odd number is open

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minigpt import layers
-from minigpt.cache import KVCache
+from minigpt.cache import KVCache, checked_kind
 from minigpt.checkpoint import Checkpoint
 from minigpt.errors import ContextError, OptionError
 from minigpt.program import Program, can_run
@@ -32,10 +32,13 @@ class GPT2:
         Its arrays are used in place, never copied.
     n_threads : int, optional
         Threads of the compiled backend; by default the physical cores that this process may use.
+    kv_cache : {"f32", "int8"}
+        How the caches that it makes keep keys and values; `forward` takes those of any kind.
     """
 
-    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, kv_cache: str = "f32") -> None:
         self.config = checkpoint.config
+        self.kv_cache = checked_kind(kv_cache)
         self.weights = checkpoint.weights
         if n_threads is not None:
             checked_threads(n_threads, "n_threads")  # whichever backend: NumPy's threads are its own affair
@@ -93,10 +96,14 @@ class GPT2:
             cache.lengths[s] += run.stop - run.start
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    def new_cache(self, n_sequences: int = 1) -> KVCache:
+        """Return an empty cache of this model's kind."""
+        return KVCache(self.config, n_sequences, self.kv_cache)
+
     def logits(self, ids: ArrayLike) -> Iterator[Floats]:
         """Yield the logits of every token of one text, [n, vocab_size] for up to SHOWN tokens at a time."""
         tokens = np.atleast_1d(np.asarray(ids, np.int64))
-        cache = KVCache(self.config)
+        cache = self.new_cache()
         for begin in range(0, len(tokens), SHOWN):
             chunk = tokens[begin : begin + SHOWN]
             yield self.forward(chunk, cache, keep=np.arange(len(chunk)))

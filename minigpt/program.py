@@ -156,7 +156,7 @@ class Program:
         n_attention = max(config.n_head) * config.head_dim
         n_y = _padded(max(3 * n_attention, config.n_embd, *config.n_inner))
         n_z = _padded(max(n_attention, config.n_embd, *config.n_inner))
-        n_scores = _padded(config.n_positions) * (config.head_dim + TILE)
+        n_scores = _padded(config.n_positions) * (3 * config.head_dim + TILE)  # decoded keys, values; keys by lanes
         self._tokens = np.zeros((4, room), np.int64)
         self._runs = np.zeros(room + 1, np.int64)
         self._x, self._y, self._z = aligned((room, config.n_embd)), aligned((room, n_y)), aligned((room, n_z))
@@ -186,8 +186,10 @@ class Program:
         self._room = room
 
     def _point_to(self, cache: KVCache) -> None:
-        self._layers[:, layout.L_KEYS] = [k.ctypes.data for k in cache.k]
-        self._layers[:, layout.L_VALUES] = [v.ctypes.data for v in cache.v]
+        self._fill(P_ATTEND=_address(f"attend_{cache.kind}"))
+        for field, stores in ((layout.L_KEYS, cache.k), (layout.L_VALUES, cache.v)):
+            for layer, store in zip(self._layers, stores, strict=True):
+                layer[field : field + len(store.parts)] = [part.ctypes.data for part in store.parts]
         self._cache = weakref.ref(cache)
 
 

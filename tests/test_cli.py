@@ -21,6 +21,7 @@ from golden.folders import assemble
 
 import minigpt
 from minigpt import cli
+from minigpt.cache import KINDS
 from minigpt.checkpoint import save
 from minigpt.commands import generate
 
@@ -186,6 +187,16 @@ def test_samples(minigpt_says, model_file):
 def test_beams(minigpt_says, model_file):
     code, out, err = minigpt_says("generate", "the", "-m", model_file, "--beams", 3, "-n", 2, "--max-tokens", 4)
     assert (code, out.count("the"), err.count("score")) == (0, 2, 2)
+
+
+def test_an_int8_cache_on_the_command_line(minigpt_says, refuses, model_file, text_file):
+    code, out, _ = minigpt_says("generate", "the", "-m", model_file, "--kv-cache", "int8", "--max-tokens", "5")
+    assert code == 0
+    assert out.startswith("the")
+    said = [minigpt_says("eval", model_file, "--text", text_file, "--kv-cache", kind, "--json")[1] for kind in KINDS]
+    exact, rounded = (json.loads(text)["perplexity"] for text in said)
+    assert exact != rounded == pytest.approx(exact, rel=0.01)
+    assert "invalid choice: 'int3'" in refuses("generate", "--kv-cache", "int3", code=2)
 
 
 def test_generate_json(minigpt_says, model_file):

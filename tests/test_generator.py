@@ -28,7 +28,7 @@ class FakeGPT2(GPT2):
     def __init__(self, vocab_size=5, n_positions=16, table=None):
         self.config = Config(vocab_size, n_positions, 1, 1, 1, (1,), (1,), (1.0,))
         self.table = table or self.drawn
-        self.n_evaluated = 0
+        self.n_evaluated, self.kv_cache = 0, "f32"
         self._program = self
 
     def drawn(self, text):
@@ -41,9 +41,10 @@ class FakeGPT2(GPT2):
         """Stand in for `Program.run`."""
         rows = []
         for i, (id, position, s) in enumerate(zip(ids, positions, sequences, strict=True)):
-            cache.k[0][s, 0, position, 0] = id
+            (keys,) = cache.k[0].parts
+            keys[s, 0, position, 0] = id
             if i in keep:
-                rows.append(self.logits_of(cache.k[0][s, 0, : position + 1, 0].astype(int).tolist()))
+                rows.append(self.logits_of(keys[s, 0, : position + 1, 0].astype(int).tolist()))
         self.n_evaluated += len(ids)
         return np.array(rows, np.float32).reshape(len(rows), -1)
 

@@ -75,6 +75,18 @@ def test_logits_equal_those_of_transformers(variant: str, backend: str, converte
     )
 
 
+@pytest.mark.parametrize("variant", HOMES)
+def test_an_int8_cache_stays_near_transformers(variant: str, backend: str, converted: Convert) -> None:
+    golden = np.load(GOLDEN / variant / "golden.npz")
+    model = GPT2(converted(variant), kv_cache="int8")
+    kv = model.new_cache()
+    found = np.concatenate(
+        [model.forward(part, kv, keep=np.arange(len(part))) for part in np.array_split(golden["ids"], 2)]
+    )
+    error = np.abs(found - golden["logits"])
+    assert 0 < error.mean() < 0.01 * golden["logits"].std()
+
+
 @pytest.mark.parametrize("variant", ["base", "unscaled_by_layer", "everything"])
 def test_cached_decode_equals_full_recompute(variant: str, backend: str, converted: Convert) -> None:
     golden, model = np.load(GOLDEN / variant / "golden.npz"), GPT2(converted(variant))

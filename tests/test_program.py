@@ -11,6 +11,7 @@ import pytest
 from conftest import small_checkpoint
 
 from minigpt import layers, ops
+from minigpt.cache import KINDS
 from minigpt.checkpoint import encoding_for
 from minigpt.encodings import ENCODINGS, encode
 from minigpt.model import KVCache
@@ -97,6 +98,37 @@ def test_every_activation_function(activation):
     positions, zeros = np.arange(60), np.zeros(60, np.int64)
     expected = reference_logits(checkpoint, IDS, positions, zeros, cache, positions)
     np.testing.assert_allclose(run(Program(checkpoint, 1), checkpoint), expected, rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("head_dim", [16, 20, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cache(kind, head_dim):
+    checkpoint = small_checkpoint("f32", head_dim=head_dim, n_positions=150)
+    program = Program(checkpoint, 2)
+    ours, theirs = (KVCache(checkpoint.config, 2, kind) for _ in range(2))
+    ids = np.random.default_rng(3).integers(0, 265, 150)
+    steps = [  # long and short runs, below and across the ends of blocks of positions
+        arrays(ids[:100], [*range(70), *range(30)], [0] * 70 + [1] * 30, [69, 99]),
+        arrays(ids[:5], [70, 71, 30, 31, 32], [0, 0, 1, 1, 1], range(5)),
+        arrays(ids[:40], range(33, 73), [1] * 40, range(40)),
+        *(arrays([i], [72 + i], [0], [0]) for i in range(3)),
+    ]
+    for ids, positions, sequences, keep in steps:
+        logits = program.run(ids, positions, sequences, ours, keep)
+        expected = reference_logits(checkpoint, ids, positions, sequences, theirs, keep)
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 if kind == "f32" else 0.02)
+    for a, b in zip((*ours.k, *ours.v), (*theirs.k, *theirs.v), strict=True):
+        for s, n in enumerate((75, 73)):
+            np.testing.assert_allclose(a.read(s, n), b.read(s, n), atol=1e-4 if kind == "f32" else 0.1)
+
+
+def test_a_program_follows_the_kind_of_each_cache():
+    checkpoint = small_checkpoint("f32")
+    program, ids, zeros = Program(checkpoint, 1), IDS[:20], np.zeros(20, np.int64)
+    caches = [KVCache(checkpoint.config, 1, kind) for kind in ("f32", "int8", "f32")]
+    first, other, last = (program.run(ids, np.arange(20), zeros, cache, np.arange(20)) for cache in caches)
+    np.testing.assert_array_equal(first, last)
+    assert 0 < np.abs(first - other).max() < 0.5
 
 
 def test_wide_heads_use_tiles():

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: context)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="use only the beginning of the text")
     common.add_threads(parser)
+    common.add_kv_cache(parser)
     common.add_json(parser)
 
 
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     common.announce_compiling()
     documents = evaluate.read_documents(options.text)
     checkpoint = common.open_model(options.model)
-    model = GPT2(checkpoint, options.threads)
+    model = GPT2(checkpoint, options.threads, options.kv_cache)
     reference = None
     if options.reference is not None:
         reference = GPT2(common.open_model(options.reference), options.threads)

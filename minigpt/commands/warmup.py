@@ -7,12 +7,13 @@ import time
 
 from minigpt import ops
 from minigpt.commands import common
-from minigpt.model import GPT2, KVCache
+from minigpt.model import GPT2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     common.add_model(parser, positional=True)
+    common.add_kv_cache(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,8 +24,8 @@ def run(options: argparse.Namespace) -> None:
         print("nothing to compile: the NumPy backend is in use")
         return
     began = time.perf_counter()
-    model = GPT2(checkpoint)
-    cache = KVCache(model.config)
+    model = GPT2(checkpoint, kv_cache=options.kv_cache)
+    cache = model.new_cache()
     for n_tokens in (1, min(16, model.config.n_positions - 1)):
         model.forward([0] * n_tokens, cache)
     print(f"ready after {time.perf_counter() - began:.1f} s")

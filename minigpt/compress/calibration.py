@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt import layers
+from minigpt.cache import F32Store
 from minigpt.checkpoint import Checkpoint, Config, Vocabulary
 from minigpt.compress.step import Changes, updated
 from minigpt.encodings import Weight
@@ -239,7 +240,7 @@ def run_half(weights: Weights, config: Config, half: int, x: Floats) -> Floats:
         if is_mlp:
             out = layers.mlp(weights, config, i, normed)
         else:
-            k, v = np.empty((2, n_windows, config.n_head[i], window, config.head_dim), np.float32)
+            k, v = (F32Store((n_windows, config.n_head[i], window, config.head_dim)) for _ in range(2))
             batch = [(slice(s * window, (s + 1) * window), s, 0) for s in range(n_windows)]
             out = layers.attention(weights, config, i, normed, k, v, batch)
         y[part] = (tokens + out).reshape(x[part].shape)

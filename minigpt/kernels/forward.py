@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from numba import njit
 
-from minigpt.kernels.attention import attend, attend_tiles
 from minigpt.kernels.elementwise import activate, layer_norm, quantize, quantize_to_bytes
 from minigpt.kernels.entry import HELP, entry, int32
-from minigpt.kernels.intrinsics import call_matmul, call_rows, f32, float_of_bits, i64, never_inline
+from minigpt.kernels.intrinsics import call_attend, call_matmul, call_rows, f32, float_of_bits, i64, never_inline
 from minigpt.kernels.phases import finish_phase, is_over, next_chunk, take_chunk
 from minigpt.kernels.target import BYTES, PANEL, TILE
 from minigpt.layout import *
@@ -89,52 +88,23 @@ def embed(p, phase):
 
 @njit(**HELP)
 def attention(program, layer, thread, phase):
-    """Z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business."""
+    """Z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business.
+
+    The kernel of the cache's kind does what follows the products.
+    """
     p, block = i64(program), i64(layer)
-    n_tokens, n_head = p[P_N_TOKENS], block[L_N_HEAD]
+    n_tokens, n_head, head_dim = p[P_N_TOKENS], block[L_N_HEAD], p[P_HEAD_DIM]
     x, phase = take_input(
         program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
     )
     head = take_chunk(p[P_TEAM], phase, n_head)
     while head >= 0:
-        attend_head(p, block, thread, x, head)
+        for part in range(3):
+            row = (part * n_head + head) * head_dim
+            multiply(block[L_C_ATTN], x, p[P_Y], p[P_Y_STRIDE], n_tokens, row, row + head_dim)
+        call_attend(p[P_ATTEND], (program, layer, thread, head))
         head = next_chunk(p[P_TEAM], phase, n_head)
     return finish_phase(p[P_TEAM], phase)
-
-
-@njit(**HELP)
-def attend_head(p, block, thread, x, head):
-    """Do one head of `attention` for all tokens: new keys and values go to the cache first."""
-    never_inline()
-    head_dim, n_tokens, n_head = p[P_HEAD_DIM], p[P_N_TOKENS], block[L_N_HEAD]
-    row, width = head * head_dim, n_head * head_dim
-    y_stride, z_stride = p[P_Y_STRIDE], p[P_Z_STRIDE]
-    for part in range(3):
-        begin = part * width + row
-        multiply(block[L_C_ATTN], x, p[P_Y], y_stride, n_tokens, begin, begin + head_dim)
-    positions, sequences = i64(p[P_POSITIONS]), i64(p[P_SEQUENCES])
-    bias, scale = f32(block[L_C_ATTN_BIAS]), float_of_bits(int32(block[L_ATTN_SCALE]))
-    head_bytes = p[P_N_POSITIONS] * head_dim * 4
-    for token in range(n_tokens):
-        at = (sequences[token] * n_head + head) * head_bytes + positions[token] * head_dim * 4
-        y, key, value = f32(p[P_Y] + token * y_stride * 4), f32(block[L_KEYS] + at), f32(block[L_VALUES] + at)
-        for i in range(row, row + head_dim):
-            y[i] = (y[i] + bias[i]) * scale
-            key[i - row] = y[i + width] + bias[i + width]
-            value[i - row] = y[i + 2 * width] + bias[i + 2 * width]
-    runs, scratch = i64(p[P_RUNS]), p[P_SCORES] + thread * p[P_SCORES_STRIDE] * 4
-    for run in range(p[P_N_RUNS]):
-        begin, end = runs[run], runs[run + 1]
-        at = (sequences[begin] * n_head + head) * head_bytes
-        keys, values = block[L_KEYS] + at, block[L_VALUES] + at
-        q, z = p[P_Y] + (begin * y_stride + row) * 4, p[P_Z] + (begin * z_stride + row) * 4
-        if end - begin >= TILE and head_dim % PANEL == 0:
-            first = positions[begin]
-            attend_tiles(q, y_stride * 4, keys, values, first, end - begin, head_dim, scratch, z, z_stride * 4)
-        else:
-            for i in range(end - begin):
-                seen = positions[begin + i] + 1
-                attend(q + i * y_stride * 4, keys, values, seen, head_dim, scratch, z + i * z_stride * 4)
 
 
 @njit(**HELP)

@@ -18,10 +18,10 @@ from minigpt.kernels.vectors import (
     I8,
     I16,
     I32,
+    ROWS,
     accumulators,
     advance,
     broadcast,
-    fold,
     load,
     multiply_add,
     multiply_bytes,
@@ -29,6 +29,7 @@ from minigpt.kernels.vectors import (
     prefetch,
     shuffle,
     store,
+    sum_rows,
     vector_of,
     widen_half,
     word,
@@ -36,18 +37,7 @@ from minigpt.kernels.vectors import (
 from minigpt.layout import *
 
 UNIT = VECTOR // 16  # groups of int4, 16 bytes each, that fill a vector
-ROWS = 4  # of a matrix whose sums across lanes are made together; the rows stream by one after the other
 AHEAD = 4096  # bytes: an int4 row is too short, and its three parts too many, for the processor to foresee
-
-
-def _sum_rows(b: Any, rows: list[Any]) -> Any:
-    """Add up the lanes of ROWS vectors: a vector of ROWS sums."""
-    while len(rows) > 1:
-        n = rows[0].type.count
-        even, odd = ([v * n + k + i for k in range(0, n, 4) for v in (0, 1) for i in (j, j + 2)] for j in (0, 1))
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        rows = [b.fadd(shuffle(b, v, w, even), shuffle(b, v, w, odd)) for v, w in pairs]
-    return fold(b, rows[0], ROWS)
 
 
 def _multiply_nibbles(b: Any, packed: Any, x: list[Any]) -> Any:
@@ -132,7 +122,7 @@ def _dot_groups(group: int) -> Any:
         result = ir.Constant(vector_of(F32, ROWS), None)
         for array in memory.values():
             vectors = [b.load(cgutils.gep_inbounds(b, array, 0, i)) for i in range(ROWS)]
-            result = b.fadd(result, _sum_rows(b, vectors))
+            result = b.fadd(result, sum_rows(b, vectors))
         store(b, b.fmul(result, broadcast(b, factor, result.type)), y)
 
     return dot

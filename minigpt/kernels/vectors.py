@@ -117,6 +117,19 @@ def sum_lanes(b: Any, vector: Any) -> Any:
     return b.extract_element(fold(b, vector, 1), ir.Constant(I32, 0))
 
 
+ROWS = 4  # of a matrix whose sums across lanes are made together; the rows stream by one after the other
+
+
+def sum_rows(b: Any, rows: list[Any]) -> Any:
+    """Add up the lanes of ROWS vectors: a vector of ROWS sums."""
+    while len(rows) > 1:
+        n = rows[0].type.count
+        even, odd = ([v * n + k + i for k in range(0, n, 4) for v in (0, 1) for i in (j, j + 2)] for j in (0, 1))
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [b.fadd(shuffle(b, v, w, even), shuffle(b, v, w, odd)) for v, w in pairs]
+    return fold(b, rows[0], ROWS)
+
+
 def accumulators(b: Any, kind: Any, n: int) -> list[Any]:
     """Return n variables that begin with zeros."""
     return [cgutils.alloca_once_value(b, ir.Constant(kind, None)) for _ in range(n)]
