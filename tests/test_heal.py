@@ -92,7 +92,7 @@ def test_masked_solve_of_nothing():
 def test_biases_restore_the_mean():
     model = small_checkpoint()
     shifted = updated(model, {f"h.{i}.mlp.c_proj.bias": RNG.normal(size=48) for i in range(2)})
-    healed = refit(shifted, pair_of(model), REFITS["biases"])
+    healed = refit(shifted, pair_of(model), ["biases"])
     for i in range(2):
         name = f"h.{i}.mlp.c_proj.bias"
         np.testing.assert_allclose(healed.weights[name].decode(), model.weights[name].decode(), atol=1e-3)
@@ -102,7 +102,7 @@ def test_gains_restore_a_layer_norm():
     model = small_checkpoint()
     names = [f"{ln}.{part}" for ln in ("h.0.ln_1", "h.1.ln_2", "ln_f") for part in ("weight", "bias")]
     spoilt = updated(model, {name: model.weights[name].decode() + 0.3 for name in names})
-    healed = refit(spoilt, pair_of(model), REFITS["gains"])
+    healed = refit(spoilt, pair_of(model), ["gains"])
     for name in names:
         np.testing.assert_allclose(healed.weights[name].decode(), model.weights[name].decode(), atol=2e-2)
 
@@ -110,14 +110,14 @@ def test_gains_restore_a_layer_norm():
 def test_outputs_make_up_for_removed_neurons_and_leave_quantized_or_shared_maps_alone():
     model = small_checkpoint()
     cut = STEPS["neurons"](model, TEXT, remove=0.5, multiple=1)
-    healed = refit(cut, pair_of(model), REFITS["outputs"])
+    healed = refit(cut, pair_of(model), ["outputs"])
     target, before, after = (last_stream(m) for m in (model, cut, healed))
     assert np.square(after - target).mean() < 0.7 * np.square(before - target).mean()
     name = "h.0.mlp.c_proj.weight"
     for weight in (encode(cut.weights[name].decode(), "int8"), cut.weights[name]):
         twins = {"h.0.mlp.c_proj.weight": weight, "h.1.mlp.c_proj.weight": weight}
         shared = updated(small_checkpoint(n_inner=(96, 96)), twins)
-        assert refit(shared, pair_of(model), REFITS["outputs"]).weights[name] is weight
+        assert refit(shared, pair_of(model), ["outputs"]).weights[name] is weight
 
 
 def test_targets_skip_removed_layers():

@@ -341,10 +341,9 @@ class Judge:
         hidden, targets = final_hidden(checkpoint, self.windows[:, :-1]), self.windows[:, 1:].ravel()
         head = checkpoint.weights["lm_head.weight"]
         nll = kl = agreed = 0.0
-        for begin in range(0, len(targets), HEAD_TOKENS):
-            part = slice(begin, begin + HEAD_TOKENS)
+        for part in self.parts():
             log_p = log_softmax(head.matmul(hidden[part]))  # [n, vocab_size]
-            log_q = log_softmax(self._head.matmul(self._hidden[part]))
+            log_q = self.expected(part)
             nll -= float(log_p[np.arange(len(log_p)), targets[part]].sum(dtype=np.float64))
             agreed += float((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
             kl += float(np.einsum("nv,nv->n", np.exp(log_q), log_q - log_p).sum(dtype=np.float64))
@@ -355,6 +354,15 @@ class Judge:
             "kl": kl / n,
             "top1": agreed / n,
         }
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the tokens in groups that go through the head together."""
+        for begin in range(0, len(self._hidden), HEAD_TOKENS):
+            yield slice(begin, begin + HEAD_TOKENS)
+
+    def expected(self, part: slice) -> Floats:
+        """Return the reference's log-probabilities: [n, vocab_size]."""
+        return log_softmax(self._head.matmul(self._hidden[part]))
 
 
 def n_bytes(vocabulary: Vocabulary, ids: Ids) -> int:

@@ -21,7 +21,7 @@ from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, ru
 from minigpt.compress.step import Changes, Floats, updated
 
 RIDGES = (0.01, 0.1, 1.0)  # pulls towards the weights as they are, relative to the mean variance of an input
-SWEEPS = 30  # of conjugate gradients, at most
+SWEEPS = 12  # of conjugate gradients, at most
 TINY = np.float32(1e-30)
 F = TypeVar("F", np.float32, np.float64)
 WRITERS = ("attn.c_proj", "mlp.c_proj")  # with which the halves of a block write into the stream
@@ -150,10 +150,14 @@ class Pair:
             return y if basis is None else y @ basis
 
         wanted = {last, *(2 * i + half for i in self.layers for half in (0, 1))}
-        for place, x in enumerate(residuals(self.reference, self.windows)):
+        for place, x in enumerate(self.streams()):
             if place in wanted:
                 norm = partial(normed, x, norm_of(place, config.n_layer))
                 yield (x if basis is None else x @ basis), norm
+
+    def streams(self) -> Iterator[Floats]:
+        """Yield the reference's residual stream before each half of each of its blocks, and after the last."""
+        return residuals(self.reference, self.windows)
 
 
 def common_basis(wide: Checkpoint, narrow: Checkpoint) -> Floats | None:
@@ -208,12 +212,13 @@ class Place:
 
 
 def outputs(place: Place) -> Changes:
-    """Refit the map that writes into the stream by ridge least squares; one stored in f32 for itself alone."""
+    """Refit the map that writes into the stream by ridge least squares; one not in f32, or shared, by its bias only."""
+    if place.target is None:
+        return {}
     weights = place.checkpoint.weights
-    if place.target is None or (weight := weights[f"{place.writer}.weight"]).encoding.name != "f32":
-        return {}
-    if sum(other is weight for other in weights.values()) > 1:  # layers share it
-        return {}
+    weight = weights[f"{place.writer}.weight"]
+    if weight.encoding.name != "f32" or sum(other is weight for other in weights.values()) > 1:
+        return biases(place)
     fitting, testing = (Regression(weight.shape[1], weight.shape[0]) for _ in range(2))
     for part in parts(place.x):
         inputs: list[Floats] = []
@@ -263,19 +268,23 @@ def biases(place: Place) -> Changes:
 
 
 REFITS: dict[str, Callable[[Place], Changes]] = {"outputs": outputs, "gains": gains, "biases": biases}
+TOGETHER = ("gains", "outputs")  # in one walk; outputs set the biases, too
 
 
-def refit(checkpoint: Checkpoint, pair: Pair, function: Callable[[Place], Changes]) -> Checkpoint:
-    """Walk through the model from the embedding to the end and refit at each place."""
+def refit(checkpoint: Checkpoint, pair: Pair, names: Sequence[str]) -> Checkpoint:
+    """Walk through the model from the embedding to the end and take these refits at each place."""
     targets = pair.targets(checkpoint)
     x = embed(checkpoint, pair.windows)
     _, normed = next(targets)
     for half in range(2 * checkpoint.config.n_layer):
         target, next_normed = next(targets)
-        checkpoint = updated(checkpoint, function(Place(checkpoint, half, x, normed, target)))
+        for name in names:
+            checkpoint = updated(checkpoint, REFITS[name](Place(checkpoint, half, x, normed, target)))
         x, normed = run_half(checkpoint.weights, checkpoint.config, half, x), next_normed
-    end = Place(checkpoint, 2 * checkpoint.config.n_layer, x, normed, None)
-    return updated(checkpoint, function(end))
+    for name in names:
+        end = Place(checkpoint, 2 * checkpoint.config.n_layer, x, normed, None)
+        checkpoint = updated(checkpoint, REFITS[name](end))
+    return checkpoint
 
 
 def heal(
@@ -285,7 +294,7 @@ def heal(
     measured: dict[str, float],
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[Checkpoint, dict[str, float], list[str]]:
-    """Try every refit in turn and keep those that bring the held-out KL down.
+    """Try the refits together or else one after the other, and keep what brings the held-out KL down.
 
     Parameters
     ----------
@@ -307,14 +316,16 @@ def heal(
     kept : list of str
         Names in `REFITS`.
     """
-    kept = []
-    for name, function in REFITS.items():
+    kept: list[str] = []
+    for names in (TOGETHER, *([name] for name in REFITS)):
         if not measured["kl"]:  # nothing to mend, as after a step that the reference takes too
             break
-        progress(f"healing, {name}")
-        candidate = refit(checkpoint, pair, function)
+        progress(f"healing, {' and '.join(names)}")
+        candidate = refit(checkpoint, pair, names)
         result = judge.measure(candidate)
         if result["kl"] < measured["kl"]:
             checkpoint, measured = candidate, result
-            kept.append(name)
+            kept += names
+            if names is TOGETHER:
+                break
     return checkpoint, measured, kept

@@ -19,6 +19,7 @@ Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 BLOCK = 128  # columns whose effect on the rest is applied at once, by one matrix product
+PANEL = 16  # the same, on the rest of their block
 DAMPING = 0.01  # of the mean of the gram's diagonal, added to it
 
 
@@ -68,16 +69,16 @@ def inverse_factor(gram: Floats, damping: float = DAMPING) -> Floats:
     """
     h = damp(gram, damping)
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return _inverse(r.astype(np.float64, copy=False)).astype(np.float32)
+    return _inverse(r.astype(np.float32))
 
 
-def _inverse(r: Doubles) -> Doubles:
+def _inverse(r: Floats) -> Floats:
     """Invert an upper triangular matrix by halves, so that nearly all the work is matrix products."""
     n = len(r)
     if n <= 64:
         return np.triu(np.linalg.inv(r))
     a, d = _inverse(r[: n // 2, : n // 2]), _inverse(r[n // 2 :, n // 2 :])
-    return np.block([[a, -a @ r[: n // 2, n // 2 :] @ d], [np.zeros((n - n // 2, n // 2)), d]])
+    return np.block([[a, -a @ r[: n // 2, n // 2 :] @ d], [np.zeros((n - n // 2, n // 2), np.float32), d]])
 
 
 def sweep(
@@ -131,26 +132,29 @@ def sweep(
     for begin in range(0, n_in, BLOCK):
         end = min(begin + BLOCK, n_in)
         errors = np.empty((end - begin, n_out), np.float32)
-        for j in range(begin, end):
-            if choice is not None and (j - begin) % choice.width == 0:
-                span = slice(j, min(j + choice.width, end))
-                saliency = np.where(keep[span], np.square(t[span] / np.diagonal(u)[span, None]), -1)
-                keep[span] &= choice.keep(saliency.T).T
-            group = order[j] // width
-            if late and j % width == 0:
-                span = slice(j, min(j + width, end))
-                fitted = np.where(keep[span], t[span], 0).T
-                scales[group], minimums[group] = encoding.fit(fitted, symmetric)  # type: ignore[union-attr]
-            value = np.where(keep[j], t[j], np.float32(0))
-            if encoding is not None:
-                code = encoding.round(value, scales[group], minimums[group])
-                codes[j], value = code, code * scales[group] + minimums[group]
-                if encoding.sparse:
-                    value *= keep[j]
-            errors[j - begin] = error = (t[j] - value) / u[j, j]
-            t[j + 1 : end] -= u[j, j + 1 : end, None] * error
-            t[j] = value
+        for first in range(begin, end, PANEL):
+            last = min(first + PANEL, end)
+            for j in range(first, last):
+                if choice is not None and (j - begin) % choice.width == 0:
+                    span = slice(j, min(j + choice.width, end))
+                    saliency = np.where(keep[span], np.square(t[span] / np.diagonal(u)[span, None]), -1)
+                    keep[span] &= choice.keep(saliency.T).T
+                group = order[j] // width
+                if late and j % width == 0:
+                    span = slice(j, min(j + width, end))
+                    fitted = np.where(keep[span], t[span], 0).T
+                    scales[group], minimums[group] = encoding.fit(fitted, symmetric)  # type: ignore[union-attr]
+                value = np.where(keep[j], t[j], np.float32(0))
+                if encoding is not None:
+                    code = encoding.round(value, scales[group], minimums[group])
+                    codes[j], value = code, code * scales[group] + minimums[group]
+                    if encoding.sparse:
+                        value *= keep[j]
+                errors[j - begin] = error = (t[j] - value) / u[j, j]
+                t[j + 1 : last] -= u[j, j + 1 : last, None] * error
+                t[j] = value
+            t[last:end] -= u[first:last, last:end].T @ errors[first - begin : last - begin]
         t[end:] -= u[begin:end, end:].T @ errors
 
-    first = codes[back].T if encoding else codes
-    return Swept(np.ascontiguousarray(t[back].T), keep[back].T, first, Grid(scales.T, minimums.T))
+    rounded = codes[back].T if encoding else codes
+    return Swept(np.ascontiguousarray(t[back].T), keep[back].T, rounded, Grid(scales.T, minimums.T))
