@@ -25,7 +25,12 @@ Floats = NDArray[np.float32]
 MAX_TOKENS = 256
 
 
-def load(path: str | PathLike[str] | None = None, n_threads: int | None = None, kv_cache: str = "f32") -> MiniGPT:
+def load(
+    path: str | PathLike[str] | None = None,
+    n_threads: int | None = None,
+    kv_cache: str = "f32",
+    expand: bool = False,
+) -> MiniGPT:
     """Open a model.
 
     Parameters
@@ -36,6 +41,8 @@ def load(path: str | PathLike[str] | None = None, n_threads: int | None = None, 
         By default the physical cores that this process may use, or `MINIGPT_NUM_THREADS`.
     kv_cache : {"f32", "int8"}
         How keys and values of past tokens are kept: int8 takes a quarter of the memory and is faster in long texts.
+    expand : bool
+        Whether sparse matrices become dense in memory, see `GPT2`.
 
     Raises
     ------
@@ -44,7 +51,7 @@ def load(path: str | PathLike[str] | None = None, n_threads: int | None = None, 
     OptionError
         If `n_threads` or `kv_cache` is out of range.
     """
-    return MiniGPT(open_checkpoint(path), n_threads, kv_cache)
+    return MiniGPT(open_checkpoint(path), n_threads, kv_cache, expand)
 
 
 def open_checkpoint(path: str | PathLike[str] | None) -> Checkpoint:
@@ -137,6 +144,7 @@ class MiniGPT:
     checkpoint : Checkpoint
     n_threads : int, optional
     kv_cache : {"f32", "int8"}
+    expand : bool
 
     Raises
     ------
@@ -144,10 +152,12 @@ class MiniGPT:
         By everything but `close`, once the model is closed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, kv_cache: str = "f32") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, n_threads: int | None = None, kv_cache: str = "f32", expand: bool = False
+    ) -> None:
         self._parts: tuple[Checkpoint, GPT2, Tokenizer] | None = (
             checkpoint,
-            GPT2(checkpoint, n_threads, kv_cache),
+            GPT2(checkpoint, n_threads, kv_cache, expand),
             Tokenizer(checkpoint.vocabulary),
         )
 

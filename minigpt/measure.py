@@ -113,6 +113,7 @@ def benchmark(
     path: str | PathLike[str],
     *,
     n_threads: int | None = None,
+    expand: bool = False,
     n_prompt: int | None = None,
     n_tokens: int | None = None,
     runs: int = RUNS,
@@ -124,6 +125,8 @@ def benchmark(
     path : path
     n_threads : int, optional
         By default the physical cores that this process may use.
+    expand : bool
+        Whether sparse matrices become dense in memory, see `GPT2`.
     n_prompt, n_tokens : int, optional
         By default 512 and 128, or what the model's positions allow.
     runs : int
@@ -143,7 +146,7 @@ def benchmark(
     _check("runs", runs, 1, 1000)
     _check("the prompt's length", n_prompt, 1, limit)
     _check("the number of tokens", n_tokens, 2, limit - _first_prompt(limit) + 1)
-    model = GPT2(checkpoint, n_threads)
+    model = GPT2(checkpoint, n_threads, expand=expand)
     threads = default_threads() if n_threads is None else n_threads
     parts = bytes_per_token(checkpoint)
     size = sum(parts.values())
@@ -158,8 +161,8 @@ def benchmark(
     return Benchmark(
         decode_tokens_per_s=speed,
         prefill_tokens_per_s=prefill_speed,
-        load_s=repeat(lambda: load_time(path, n_threads), runs),
-        start=start(path, n_threads=n_threads, n_tokens=n_tokens, runs=runs),
+        load_s=repeat(lambda: load_time(path, n_threads, expand), runs),
+        start=start(path, n_threads=n_threads, expand=expand, n_tokens=n_tokens, runs=runs),
         bytes_per_token=parts,
         bandwidth_gb_s=near,
         memory_gb_s=far,
@@ -194,10 +197,10 @@ def prefill(model: GPT2, n_tokens: int = PREFILL_TOKENS) -> float:
     return n_tokens / (time.perf_counter() - began)
 
 
-def load_time(path: str | PathLike[str], n_threads: int | None = None) -> float:
+def load_time(path: str | PathLike[str], n_threads: int | None = None, expand: bool = False) -> float:
     """Return the seconds from a path to a model that is ready to run."""
     began = time.perf_counter()
-    GPT2(load(path), n_threads)
+    GPT2(load(path), n_threads, expand=expand)
     return time.perf_counter() - began
 
 
@@ -257,7 +260,7 @@ STAGES = {  # what a process does up to its first token and on; the first is the
     "minigpt": "import minigpt; minigpt.load; from minigpt import model as m, ops, tokenizer",
     "file": "checkpoint = minigpt.checkpoint.load(path)",
     "backend": "ops.backend()",
-    "kernels": "model = m.GPT2(checkpoint, n_threads)",
+    "kernels": "model = m.GPT2(checkpoint, n_threads, expand=expand)",
     "tokenizer": "ids = tokenizer.Tokenizer(checkpoint.vocabulary).encode(text)[:16]",
     "first token": "cache = m.KVCache(model.config); token = model.forward(ids, cache)[0].argmax()",
     "generation": """for _ in range(n_tokens - 1):
@@ -268,7 +271,7 @@ STAGES = {  # what a process does up to its first token and on; the first is the
 
 _CHILD = """
 import sys, time
-path, n_threads, text, n_tokens, stages = eval(sys.stdin.readline())
+path, n_threads, expand, text, n_tokens, stages = eval(sys.stdin.readline())
 tokens = []
 for stage in stages:
     exec(stage)
@@ -334,7 +337,12 @@ class Start:
 
 
 def start(
-    path: str | PathLike[str], *, n_threads: int | None = None, n_tokens: int = DECODE_TOKENS, runs: int = RUNS
+    path: str | PathLike[str],
+    *,
+    n_threads: int | None = None,
+    expand: bool = False,
+    n_tokens: int = DECODE_TOKENS,
+    runs: int = RUNS,
 ) -> Start:
     """Start fresh processes that open the model and generate, and watch them.
 
@@ -343,7 +351,7 @@ def start(
     MinigptError
         If such a process fails, or nothing here tells its memory.
     """
-    job = (os.fspath(Path(path).resolve()), n_threads, TEXT, n_tokens, list(STAGES.values()))
+    job = (os.fspath(Path(path).resolve()), n_threads, expand, TEXT, n_tokens, list(STAGES.values()))
     _watch(job)
     watched = [_watch(job) for _ in range(runs)]
     first_token = list(STAGES).index("first token")

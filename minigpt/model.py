@@ -34,15 +34,20 @@ class GPT2:
         Threads of the compiled backend; by default the physical cores that this process may use.
     kv_cache : {"f32", "int8"}
         How the caches that it makes keep keys and values; `forward` takes those of any kind.
+    expand : bool
+        Whether sparse matrices become dense in memory, which runs faster where their zeros cost more than they save.
+        No matter on the NumPy backend.
     """
 
-    def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, kv_cache: str = "f32") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, n_threads: int | None = None, kv_cache: str = "f32", expand: bool = False
+    ) -> None:
         self.config = checkpoint.config
         self.kv_cache = checked_kind(kv_cache)
         self.weights = checkpoint.weights
         if n_threads is not None:
             checked_threads(n_threads, "n_threads")  # whichever backend: NumPy's threads are its own affair
-        self._program = Program(checkpoint, n_threads) if can_run(checkpoint) else None
+        self._program = Program(checkpoint, n_threads, expand) if can_run(checkpoint) else None
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from conftest import small_checkpoint
 import minigpt
 from minigpt import api, generator
 from minigpt.checkpoint import save
+from minigpt.encodings import encode
 from minigpt.errors import ContextError, FormatError, MinigptError, OptionError
 from minigpt.sampling import log_softmax
 
@@ -53,6 +54,15 @@ def test_load_takes_any_path_or_none(model_file):
         with minigpt.load(path) as model:
             assert isinstance(model.generate("a", max_tokens=3), str)
     assert Path(api.default_path()).is_file()
+
+
+@pytest.mark.parametrize("encoding", ["bitmap_int8", "nm_int8", "int4_g64"])
+def test_a_sparse_model_says_the_same_when_it_is_expanded(tmp_path, checkpoint, encoding):
+    name = "h.0.mlp.c_fc.weight"
+    w = checkpoint.weights[name].decode() * (np.arange(48) % 2)
+    save(replace(checkpoint, weights={**checkpoint.weights, name: encode(w, encoding)}), tmp_path / "sparse.mgpt")
+    logits = [minigpt.load(tmp_path / "sparse.mgpt", expand=expand).logits([1, 2, 3]) for expand in (False, True)]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["missing.mgpt", ""])

@@ -29,7 +29,7 @@ def test_json(model_file, capsys):
 
 
 def test_table(model_file, capsys):
-    assert cli.run(["bench", str(model_file), *SHORT]) == 0
+    assert cli.run(["bench", str(model_file), "--expand", *SHORT]) == 0
     out = capsys.readouterr().out
     assert "prefill, 8 tokens" in out
     for unit in ("tokens/s", " s\n", " MB", " ms", "GB/s"):

@@ -126,6 +126,7 @@ def test_text_to_stdout_statistics_to_stderr(minigpt_says, model_file):
     text = minigpt.load(model_file).generate("the", temperature=0, max_tokens=5)
     assert (code, out) == (0, f"the{text}\n")
     assert re.search(r"^\[5 tokens, first after .* s, .* tokens/s, num(ba|py), finished: length\]\n$", err)
+    assert minigpt_says("generate", "the", *options, "--expand")[1] == f"the{text}\n"
     assert minigpt_says("generate", "the", *options, "--no-echo", "--quiet") == (0, f"{text}\n", "")
 
 

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to decode (default: 128)")
     parser.add_argument("--runs", type=int, default=measure.RUNS, metavar="N", help="default: %(default)s")
     common.add_threads(parser)
+    common.add_expand(parser)
     common.add_json(parser)
 
 
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
     result = measure.benchmark(
         common.model_path(options.model),
         n_threads=options.threads,
+        expand=options.expand,
         n_prompt=options.prompt,
         n_tokens=options.tokens,
         runs=options.runs,

@@ -32,6 +32,11 @@ def add_kv_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache", choices=KINDS, default="f32", metavar="KIND", help=text)
 
 
+def add_expand(parser: argparse.ArgumentParser) -> None:
+    """Declare whether sparse matrices become dense in memory."""
+    parser.add_argument("--expand", action="store_true", help="make sparse matrices dense in memory: faster on some CPUs")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Declare machine-readable output."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")

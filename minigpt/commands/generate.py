@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no statistics")
     common.add_threads(parser)
     common.add_kv_cache(parser)
+    common.add_expand(parser)
     common.add_json(parser)
 
 
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     prompt = _prompt(options)
     common.announce_compiling(options.quiet)
     began = time.perf_counter()
-    model = api.load(options.model, options.threads, options.kv_cache)
+    model = api.load(options.model, options.threads, options.kv_cache, options.expand)
     if options.logit_bias:
         options.logit_bias = dict(options.logit_bias)
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
