@@ -66,12 +66,12 @@ def stdin_of(data: bytes):
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
 
 
-def process(*arguments, shell="", **environment):
-    """Start the command line as a process of its own, with redirections if wanted."""
+def process(*arguments, limit="", shell="", **environment):
+    """Start the command line as a process of its own, with limits and redirections if wanted."""
     command = shlex.join([sys.executable, "-m", "minigpt", *map(str, arguments)])
     environment = {**os.environ, "MINIGPT_BACKEND": "numpy", **environment}
     return subprocess.Popen(
-        ["sh", "-c", f"exec {command} {shell}"],
+        ["sh", "-c", f"{limit}exec {command} {shell}"],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -482,6 +482,15 @@ def test_streams_of_every_kind(model_file, shell, environment, code, out, err):
     assert bool(found[0]) == bool(out)
     assert err in found[1]
     assert found[1].count("\n") == bool(err)
+
+
+def test_compress_on_a_disk_that_fills_up(tmp_path, model_file):
+    job = process("compress", model_file, tmp_path / "out.mgpt", "--context", "9", limit="ulimit -f 8; ")
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, out) == (1, b"")
+    assert err.startswith(b"minigpt: cannot write")
+    assert err.count(b"\n") == 1
+    assert list(tmp_path.iterdir()) == [model_file]
 
 
 def test_a_name_that_is_not_utf8(minigpt_says, model_file):

@@ -301,12 +301,21 @@ def test_a_file_may_replace_itself(model_file):
         (("--heads", "1"), "below 1, not 1"),
         (("--recipe", "nowhere.toml"), "nowhere.toml"),
         (("--depth", "1", "--calibration", "{empty}"), "too few for two windows"),
+        (("--heads", "0.5", "--calibration", "{short}"), "the calibration text has 3 tokens, too few"),
         (("--depth", "1", "--calibration", "{text}", "--tokens", "0"), "n_tokens of the calibration"),
+        (
+            ("--prune", "1.5", "--calibration", "{text}"),
+            "sparsity of prune must be a number from 0 on, below 1, not 1.5",
+        ),
+        (("--prune=-0.1", "--calibration", "{text}"), "below 1, not -0.1"),
+        (("--recipe", "{recipe}"), "there is no step 'shrink'"),
     ],
 )
 def test_an_error_leaves_no_file(tmp_path, model_file, text_file, arguments, message):
-    (tmp_path / "empty.txt").write_text("")
-    places = {"{empty}": str(tmp_path / "empty.txt"), "{text}": str(text_file)}
+    places = {"{text}": str(text_file)}
+    for name, content in {"empty": "", "short": "the ", "recipe": '[[step]]\nname = "shrink"\n'}.items():
+        (tmp_path / name).write_text(content)
+        places[f"{{{name}}}"] = str(tmp_path / name)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(MinigptError, match=message) as caught:
         run(model_file, tmp_path / "out.mgpt", *(places.get(a, a) for a in arguments))
