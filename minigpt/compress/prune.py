@@ -180,9 +180,9 @@ def polish(w: Floats, pruned: Floats, covariance: Floats, kept: Mask) -> Floats:
     A sweep lets every column make up for the columns before it only. From there, conjugate gradients (as in ALPS, Meng
     et al. 2024) find the least-squares solution inside the mask.
     """
-    h: Floats = damp(covariance).astype(np.float32)
-    change: Floats = masked_solve(h, np.asarray((w - pruned) @ h, np.float32), kept)
-    return pruned + change
+    h = damp(covariance)
+    gradient: Floats = (w - pruned) @ h
+    return pruned + masked_solve(h, gradient, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

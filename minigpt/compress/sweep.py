@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from minigpt.encodings import Grid, OnGrid, Weight
 
 Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 BLOCK = 128  # columns whose effect on the rest is applied at once, by one matrix product
@@ -53,10 +52,10 @@ class Swept:
         return Weight(encoding, self.w.shape, encoding.pack(self.codes, self.grid, self.kept))
 
 
-def damp(gram: Floats, damping: float = DAMPING) -> Doubles:
+def damp(gram: Floats, damping: float = DAMPING) -> Floats:
     """Add a share of the mean of a gram's diagonal to the diagonal, so that it can be inverted."""
-    h: Doubles = gram.astype(np.float64)
-    h[np.diag_indices_from(h)] += damping * (float(np.diagonal(h).mean()) or 1.0)
+    h: Floats = gram.astype(np.float32)
+    h[np.diag_indices_from(h)] += np.float32(damping * (float(np.diagonal(h).mean()) or 1.0))
     return h
 
 
@@ -67,9 +66,7 @@ def inverse_factor(gram: Floats, damping: float = DAMPING) -> Floats:
     fixed. With gram = r r^T, r upper triangular (Cholesky from the last column on), u is r^-1: one factorization
     and one triangular inverse, instead of two factorizations and an inverse.
     """
-    h = damp(gram, damping)
-    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return _inverse(r.astype(np.float32))
+    return _inverse(np.linalg.cholesky(damp(gram[::-1, ::-1], damping))[::-1, ::-1])
 
 
 def _inverse(r: Floats) -> Floats:
@@ -120,7 +117,7 @@ def sweep(
     width = (encoding.group if encoding else 0) or n_in
     order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(n_in)
     back = np.argsort(order)
-    u = inverse_factor(gram[np.ix_(order, order)], damping)
+    u = inverse_factor(gram[np.ix_(order, order)] if act_order else gram, damping)
     t = np.ascontiguousarray(w.T[order])  # [n_in, n_out]: a column of w is contiguous
     keep = np.ones_like(t, np.bool_) if kept is None else np.ascontiguousarray(kept.T[order])
     codes = np.zeros(t.shape if encoding else (0, 0), np.int16)

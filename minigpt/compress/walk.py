@@ -75,14 +75,16 @@ class Seen:
         The published sweeps use the gram. Every linear map of GPT-2 has a bias, which `bias` sets so that the
         outputs are right at the mean of the inputs; then no weight has to see to that.
         """
-        mean = self._x / self.n
-        covariance: Floats = self.gram - np.outer(mean, mean).astype(np.float32)
+        mean = (self._x / self.n).astype(np.float32)
+        covariance = self.gram
+        covariance -= np.outer(mean, mean)
         return covariance
 
     def target(self, w: Floats) -> Floats:
         """Return the matrix [n_out, n_in] that gives the reference's outputs best, zeros of a pruned w kept."""
         covariance = self.covariance
-        gradient = self._yx / self.n - np.outer(self._y, self._x) / self.n**2 - w @ covariance
+        means = [(v / self.n).astype(np.float32) for v in (self._y, self._x)]
+        gradient: Floats = self._yx / np.float32(self.n) - np.outer(*means) - w @ covariance
         h = damp(covariance)
         kept = w != 0
         change = masked_solve(h, gradient, kept) if is_pruned(w) else np.linalg.solve(h, gradient.T).T
