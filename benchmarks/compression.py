@@ -105,7 +105,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt 40 % + int8": prune("sparsegpt", 0.4, encoding="sparse"),
     "sparsegpt 2:4 + int4": ("prune", {"pattern": "2:4", "encoding": "nm_int4"}),
 }
-LATE = ("greedy", "angular", "context", "128", "nearest", "75", "256", "8,192")  # rows that are measured last
 
 
 def take(before: Checkpoint, step: str, parameters: dict[str, Any], calibration: Calibration) -> Checkpoint:
@@ -223,9 +222,7 @@ def ratio(after: dict[str, float], before: dict[str, float]) -> float:
 def measure_rows(options: argparse.Namespace) -> None:
     """Cut and measure what is not yet in WORK/NAME.jsonl, then heal it."""
     found = results(options.work).get(options.name, {})
-    names = sorted(
-        (name for name in ROWS if re.search(options.only, name)), key=lambda name: any(word in name for word in LATE)
-    )
+    names = list(dict.fromkeys(name for pattern in options.only for name in ROWS if re.search(pattern, name)))
     to_cut = [name for name in names if name not in found]
     to_heal = [name for name in names if ROWS[name][0] not in RESHAPING and "healed" not in found.get(name, {})]
     subject = Subject(options.model, options.calibration, options.text)
@@ -316,7 +313,7 @@ def main() -> None:
     measuring.add_argument("name")
     for file in ("model", "calibration", "text"):
         measuring.add_argument(f"--{file}", type=Path, required=True)
-    measuring.add_argument("--only", default="", help="rows whose names match this regular expression")
+    measuring.add_argument("--only", nargs="+", default=[""], help="rows whose names match these expressions, in order")
     measuring.add_argument("--no-heal", dest="heal", action="store_false")
     verbs.add_parser("speed", parents=[common]).set_defaults(run=measure_speed)
     verbs.add_parser("table", parents=[common]).set_defaults(run=write_table)

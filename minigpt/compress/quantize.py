@@ -42,8 +42,7 @@ LOSSLESS = ("bitmap_int8", "nm_int8", "block_int8")  # other ways of storing the
 
 def store(w: Floats, grid: Grid, encoding: OnGrid) -> Weight:
     """Round w [n_out, n_in] to the nearest points of a grid."""
-    codes = encoding.round(w, *grid.columns(w.shape[1], encoding.group))
-    return Weight(encoding, w.shape, encoding.pack(codes.astype(np.int16), grid, encoding.kept(w)))
+    return Weight(encoding, w.shape, encoding.encode_on(grid, w))
 
 
 def rtn(w: Floats, gram: Floats | None, encoding: OnGrid, symmetric: bool = False) -> Weight:

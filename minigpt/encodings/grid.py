@@ -7,6 +7,7 @@ care (one column after the other, scales of its own) and still store what plain 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -66,6 +67,10 @@ class OnGrid(Encoding):
 
     def grid(self, w: Floats, symmetric: bool = False) -> Grid:
         """Return the grid that spans every group of w [n_out, n_in]."""
+        scales, minimums = zip(*(self._grid(w[rows], symmetric) for rows in _rows(w)), strict=True)
+        return Grid(np.concatenate(scales), np.concatenate(minimums))
+
+    def _grid(self, w: Floats, symmetric: bool) -> Grid:
         width = self.group or w.shape[1]
         groups = np.pad(w, ((0, 0), (0, -w.shape[1] % width)), mode="edge").reshape(-1, width)
         scales, minimums = self.fit(groups, symmetric)
@@ -77,15 +82,22 @@ class OnGrid(Encoding):
         return np.clip(np.rint((w - minimums) / steps), self.lowest, self.highest)
 
     def encode(self, w: Floats) -> Parts:
-        """Round every weight to the nearest point of the grid, a few rows at a time where rows are independent."""
-        step = len(w) if self.sparse else max(1, ROUND_WEIGHTS // w.shape[1])
-        blocks = [self._encode(w[begin : begin + step]) for begin in range(0, len(w), step)]
-        return {part: np.concatenate([block[part] for block in blocks]) for part in blocks[0]}
+        """Round every weight to the nearest point of the grid that spans its group."""
+        return self.encode_on(self.grid(w), w)
 
-    def _encode(self, w: Floats) -> Parts:
-        grid = self.grid(w)
-        codes = self.round(w, *grid.columns(w.shape[1], self.group))
-        return self.pack(codes.astype(np.int16), grid, self.kept(w))
+    def encode_on(self, grid: Grid, w: Floats) -> Parts:
+        """Round every weight to the nearest point of a given grid."""
+        codes = np.empty(w.shape, np.int16)
+        for rows in _rows(w):
+            columns = Grid(grid.scales[rows], grid.minimums[rows]).columns(w.shape[1], self.group)
+            codes[rows] = self.round(w[rows], *columns)
+        return self.pack(codes, grid, self.kept(w))
+
+
+def _rows(w: Floats) -> Iterator[slice]:
+    """Yield some rows after the others, few enough for intermediates to be small."""
+    step = max(1, ROUND_WEIGHTS // w.shape[1])
+    return (slice(begin, begin + step) for begin in range(0, len(w), step))
 
 
 def pack_nibbles(codes: Array) -> NDArray[np.uint8]:
