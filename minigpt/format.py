@@ -271,6 +271,21 @@ def _view(mapped: mmap.mmap, part: _Part) -> Array:
     return flat.reshape(part.shape)
 
 
+def let_go(array: Array) -> None:
+    """Tell the system that a mapped array's pages may leave memory until somebody reads them again.
+
+    They would leave when memory is short anyway; this keeps a walk through a large model small from the beginning.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapped = getattr(base, "obj", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise") and array.size:
+        begin = array.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, page, begin + array.nbytes - page)
+
+
 def verify(path: StrPath) -> Report:
     """Read a whole file and compare every checksum and every byte of padding.
 

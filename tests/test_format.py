@@ -20,7 +20,7 @@ import pytest
 
 from minigpt import format as mgpt
 from minigpt.errors import FormatError
-from minigpt.format import Contents, Report, Tensor, read, verify, write
+from minigpt.format import Contents, Report, Tensor, let_go, read, verify, write
 
 SPECIFICATION = Path(__file__).parents[1] / "docs" / "format.md"
 
@@ -192,6 +192,15 @@ def golden_bytes() -> bytes:
 
 def test_specification_dump_is_what_is_written(small):
     assert small.read_bytes() == golden_bytes()
+
+
+def test_pages_that_are_let_go_come_back(tmp_path):
+    values = np.arange(20_000, dtype=np.float32)
+    write(tmp_path / "x.mgpt", Contents({}, {}, {}, {"values": values}))
+    found = read(tmp_path / "x.mgpt").blobs["values"]
+    for array in (found, found[9000:], found[:0], values):
+        let_go(array)
+    np.testing.assert_array_equal(found, values)
 
 
 def test_specification_dump_is_read(tmp_path):

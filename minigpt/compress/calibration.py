@@ -244,7 +244,14 @@ def run_half(weights: Weights, config: Config, half: int, x: Floats) -> Floats:
             batch = [(slice(s * window, (s + 1) * window), s, 0) for s in range(n_windows)]
             out = layers.attention(weights, config, i, normed, k, v, batch)
         y[part] = (tokens + out).reshape(x[part].shape)
+    let_go(weights, half)
     return y
+
+
+def let_go(weights: Weights, half: int) -> None:
+    """Let the matrices of half a block leave memory as far as a file holds them."""
+    for linear in LINEARS[2 * (half % 2) :][:2]:
+        weights[f"h.{half // 2}.{linear}.weight"].let_go()
 
 
 def run_block(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
@@ -347,6 +354,8 @@ class Judge:
             nll -= float(log_p[np.arange(len(log_p)), targets[part]].sum(dtype=np.float64))
             agreed += float((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
             kl += float(np.einsum("nv,nv->n", np.exp(log_q), log_q - log_p).sum(dtype=np.float64))
+        for weight in (head, self._head):
+            weight.let_go()
         n = len(targets)
         return {
             "perplexity": math.exp(min(nll / n, 700.0)),

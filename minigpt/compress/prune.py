@@ -181,8 +181,8 @@ def polish(w: Floats, pruned: Floats, covariance: Floats, kept: Mask) -> Floats:
     et al. 2024) find the least-squares solution inside the mask.
     """
     h = damp(covariance)
-    gradient: Floats = (w - pruned) @ h
-    return pruned + masked_solve(h, gradient, kept)
+    change: Floats = masked_solve(h, np.asarray((w - pruned) @ h, np.float32), kept)
+    return pruned + change
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,6 +393,7 @@ def prune(
         result = checkpoint
         for name in names:
             result = updated(result, change(name.removesuffix(".weight"), result.weights, None))
+            checkpoint.weights[name].let_go()
     zeros = {name: float((result.weights[name].decode() == 0).mean()) for name in names}
     facts = {"sparsities": {n: round(z, 4) for n, z in zeros.items()}} if len(set(shares.values())) > 1 else {}
     total = sum(zeros[n] * checkpoint.weights[n].shape[0] * checkpoint.weights[n].shape[1] for n in names)

@@ -256,6 +256,7 @@ def requantize(
             else:
                 done[id(old)], why = rounded(seen.target(w), seen.covariance, encodings[name], method, symmetric)
             choices.update({name: why} if why else {})
+            old.let_go()
         return done[id(old)]
 
     def change(linear: str, weights: Weights, seen: Seen) -> dict[str, Floats | Weight]:

@@ -7,13 +7,14 @@ the outputs of the reference, its inputs those that the changed model has. Nothi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minigpt import layers
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress.calibration import LINEARS, Calibration, Weights, embed, parts, run_half, tapped
+from minigpt.compress.calibration import LINEARS, Calibration, Weights, embed, let_go, parts, run_half, tapped
 from minigpt.compress.heal import masked_solve, norm_of
 from minigpt.compress.step import Changes, updated
 from minigpt.compress.sweep import damp
@@ -68,7 +69,7 @@ class Seen:
         gram: Floats = self._xx / np.float32(self.n)
         return gram
 
-    @property
+    @cached_property
     def covariance(self) -> Floats:
         """What is left of the gram if the bias takes care of the means: [n_in, n_in].
 
@@ -133,15 +134,13 @@ def by_linear(
         checkpoint = updated(checkpoint, change(reader, checkpoint.weights, seen))
 
         seen = Seen(reference[f"{writer}.weight"].shape, grams)
-        inputs: list[Floats] = []
         for part in parts(x):
             found: list[Floats] = []
             run_half(tapped(checkpoint.weights, {writer: found.append}), config, half, x[part])
             after = run_half(reference, config, half, wanted[part])
             seen.add(found[0], (after - wanted[part]).reshape(-1, config.n_embd))
             wanted[part] = after
-            inputs += found
         checkpoint = updated(checkpoint, change(writer, checkpoint.weights, seen))
-        for part, z in zip(parts(x), inputs, strict=True):
-            x[part] += layers.linear(checkpoint.weights, writer, z).reshape(x[part].shape)
+        x = run_half(checkpoint.weights, config, half, x)
+        let_go(reference, half)
     return checkpoint

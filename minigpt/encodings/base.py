@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from minigpt import reference
 from minigpt.errors import EncodingError
+from minigpt.format import let_go
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -153,6 +154,11 @@ class Weight:
     def expand(self) -> Weight:
         """Return the same values in the plain encoding `Encoding.twin`."""
         return self.encoding.expand(self.parts, self.shape)
+
+    def let_go(self) -> None:
+        """Let pages of a mapped file leave memory until they are read again."""
+        for part in self.parts.values():
+            let_go(part)
 
     def matmul(self, x: Floats) -> Floats:
         """Multiply x [n_tokens, n_in] by the transpose: [n_tokens, n_out]."""
