@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 
 from minigpt import ops
 from minigpt.checkpoint import POSITIONS, Checkpoint, load
+from minigpt.encodings import Weight
 from minigpt.errors import MinigptError, OptionError
 from minigpt.model import GPT2, KVCache
+from minigpt.program import product
 from minigpt.team import default_threads
 
 RUNS = 5
@@ -202,6 +204,23 @@ def load_time(path: str | PathLike[str], n_threads: int | None = None, expand: b
     began = time.perf_counter()
     GPT2(load(path), n_threads, expand=expand)
     return time.perf_counter() - began
+
+
+def relative_speed(weight: Weight, other: Weight, rounds: int = 50) -> float:
+    """Return how many times as fast as another matrix one is multiplied by a vector: one thread, from caches.
+
+    Both take turns; the median of the rounds' ratios.
+    """
+    both = [product(weight), product(other)]
+
+    def seconds(multiply: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        for _ in range(4):
+            multiply()
+        return time.perf_counter() - began
+
+    times = [[seconds(multiply) for multiply in both] for _ in range(rounds + 1)][1:]
+    return statistics.median(theirs / ours for ours, theirs in times)
 
 
 def some_ids(n: int, vocab_size: int) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ no arithmetic. Callers must have checked ids, positions and sequences: the kerne
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -250,6 +251,30 @@ def describe(weight: Weight) -> NDArray[np.int64]:
     for i, part in enumerate(weight.encoding.part_dtypes):
         record[layout.W_PART_0 + i] = weight.parts[part].ctypes.data
     return record
+
+
+def product(weight: Weight) -> Callable[[], None]:
+    """Return a function that multiplies a matrix by a vector on the calling thread: something to time.
+
+    Raises
+    ------
+    BackendError
+        If the encoding has no kernel.
+    """
+    n_out, n_in = weight.shape
+    width = _padded(n_in)
+    memory = Activations(1, width, n_in, aligned((width * PANEL,)), aligned((TILE * PANEL,)))
+    for array in (memory._codes, memory._scales, memory._group_scales, memory._sums):
+        array[:] = 1
+    descriptor, x, y = describe(weight), np.ones(n_in, np.float32), aligned((n_out,))
+    memory.record[layout.X_FLOAT], memory.record[layout.X_FLOAT_STRIDE] = x.ctypes.data, n_in
+    kernel = ops.kernel(f"matmul_{weight.encoding.name}")
+    assert kernel is not None, "the NumPy backend has no programs"
+
+    def multiply(owners: object = (weight, memory, descriptor, x, y)) -> None:
+        kernel.call(descriptor.ctypes.data, memory.record.ctypes.data, y.ctypes.data, n_out, 1, 0, n_out)
+
+    return multiply
 
 
 def aligned(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:

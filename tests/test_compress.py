@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from minigpt.compress.step import choice, number, step, switch, updated, wholes
 from minigpt.errors import FormatError, MinigptError, OptionError
 from minigpt.evaluate import evaluate
 from minigpt.model import GPT2
+from minigpt.ops import backend
 from minigpt.tokenizer import Tokenizer
 
 SONG = "the song on the ring, ere the thing is sung "
@@ -284,6 +286,18 @@ def test_json(tmp_path, model_file, capsys):
     run(model_file, tmp_path / "out.mgpt", "--context", 32, "--json")
     printed = json.loads(capsys.readouterr().out)
     assert printed["steps"][0]["after"]["bytes"] == load(tmp_path / "out.mgpt").nbytes
+
+
+def test_sparse_forms_are_accounted_for(tmp_path, model_file, capsys):
+    prune = ("--prune", "0.6,criterion=magnitude,encoding=bitmap_int8,only=h.1.mlp.c_fc*")
+    run(model_file, tmp_path / "out.mgpt", *prune)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.match(r"1 x bitmap_int8 100 x 48: \d+% of the bytes of int8", last)
+    assert re.search(r"\dx its speed here", last) or backend() == "numpy"
+    run(model_file, tmp_path / "out.mgpt", *prune, "--json")
+    (form,) = json.loads(capsys.readouterr().out)["sparse"]
+    assert form["share"] < 1
+    assert form["speed"] is None if backend() == "numpy" else form["speed"] > 0
 
 
 def test_a_file_may_replace_itself(model_file):

@@ -34,7 +34,9 @@ def add_kv_cache(parser: argparse.ArgumentParser) -> None:
 
 def add_expand(parser: argparse.ArgumentParser) -> None:
     """Declare whether sparse matrices become dense in memory."""
-    parser.add_argument("--expand", action="store_true", help="make sparse matrices dense in memory: faster on some CPUs")
+    parser.add_argument(
+        "--expand", action="store_true", help="make sparse matrices dense in memory: faster on some CPUs"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minigpt import checkpoint
+from minigpt import checkpoint, measure, ops
+from minigpt.checkpoint import Checkpoint
 from minigpt.commands import common
 from minigpt.compress import STEPS, Calibration, compress, recipe
+from minigpt.compress.quantize import is_sparse
 from minigpt.compress.step import Step
+from minigpt.encodings import Weight
 from minigpt.errors import OptionError
 
 COLUMNS = {"bytes": ",.0f", "perplexity": ".4g", "bits_per_byte": ".4f", "kl": ".4f", "top1": ".3f"}
@@ -70,11 +73,38 @@ def run(options: argparse.Namespace) -> None:
     with progress_line() as progress:
         after = compress(before, plan, text, heal=options.heal, progress=progress)
     checkpoint.save(after, options.output)
-    entries = after.history[len(before.history) :]
+    entries, sparse = after.history[len(before.history) :], sparse_forms(after)
     if options.json:
-        print(json.dumps({"output": options.output, "steps": entries}))
-    else:
-        common.print_table(rows(entries))
+        print(json.dumps({"output": options.output, "steps": entries, "sparse": sparse}))
+        return
+    common.print_table(rows(entries))
+    for form in sparse:
+        speed = "" if form["speed"] is None else f", {form['speed']:.2f}x its speed here, from caches"
+        print("{matrices} x {encoding} {shape}: {share:.0%} of the bytes of {dense}".format(**form) + speed)
+
+
+def sparse_forms(model: Checkpoint) -> list[dict[str, Any]]:
+    """Compare the first matrix of each sparse encoding and shape with its dense form: why it is stored so."""
+    kinds: dict[tuple[str, str], list[Weight]] = {}
+    for name in model.config.shapes():
+        weight = model.weights[name]
+        if is_sparse(weight.encoding):
+            kinds.setdefault((weight.encoding.name, " x ".join(map(str, weight.shape))), []).append(weight)
+    forms = []
+    for (encoding, shape), weights in kinds.items():
+        dense = weights[0].expand()
+        timed = all(ops.has_kernel(f"matmul_{w.encoding.name}") for w in (weights[0], dense))
+        forms.append(
+            {
+                "matrices": len(weights),
+                "encoding": encoding,
+                "shape": shape,
+                "dense": dense.encoding.name,
+                "share": sum(w.nbytes for w in weights) / (len(weights) * dense.nbytes),
+                "speed": measure.relative_speed(weights[0], dense) if timed else None,
+            }
+        )
+    return forms
 
 
 def rows(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:

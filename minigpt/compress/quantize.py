@@ -204,14 +204,15 @@ def compact(weight: Weight, encoding: str) -> tuple[Weight, str]:
     """Return a weight in the form that was asked for, or plainly if that is smaller, and the bytes in words."""
     if encoding == "sparse":
         return smallest(weight)
-    if _is_sparse(weight.encoding):
+    if is_sparse(weight.encoding):
         dense = weight.expand()
         if dense.nbytes <= weight.nbytes:
             return dense, f"{dense.encoding.name}: {dense.nbytes} bytes, {encoding} {weight.nbytes}"
     return weight, ""
 
 
-def _is_sparse(encoding: Encoding) -> bool:
+def is_sparse(encoding: Encoding) -> bool:
+    """Tell whether an encoding leaves zeros out."""
     return encoding.name == "bitmap_f16" or getattr(encoding, "sparse", False)
 
 
