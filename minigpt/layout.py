@@ -98,8 +98,28 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_SHARED,  # int64 [n_threads, X_SIZE]: activations that the threads make together (many tokens)
     P_SCORES,  # float32 [n_threads, P_SCORES_STRIDE]: attention's scratch
     P_SCORES_STRIDE,
+    P_LAPS,  # int64 [n_threads, LAP_SIZE], or 0: nobody measures
+    P_CLOCK,  # address of C's timespec_get
     P_SIZE,
-) = range(34)
+) = range(36)
+
+# Where a thread's time goes: nanoseconds for each part of the network, and what its clock has said.
+(
+    LAP_EMBEDDING,
+    LAP_INPUT,  # LayerNorm, and rounding of what matrices take
+    LAP_C_ATTN,
+    LAP_ATTENTION,
+    LAP_ATTN_C_PROJ,
+    LAP_C_FC,
+    LAP_MLP_C_PROJ,
+    LAP_LM_HEAD,
+    LAP_WAITING,  # for other threads at the end of a phase
+    LAP_BETWEEN,  # from the end of a call to the next
+    LAP_LAST,  # when the last lap ended
+    LAP_SECONDS,  # a struct timespec
+    LAP_NANOSECONDS,
+) = range(13)
+LAP_SIZE = 16  # fields of a thread, on cache lines of its own
 
 # The team of threads: fields 16 apart, so that each has cache lines of its own.
 T_JOB = 0  # job number << 32 | threads inside; an odd number is open

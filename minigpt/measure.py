@@ -32,7 +32,7 @@ from minigpt import ops
 from minigpt.checkpoint import POSITIONS, Checkpoint, load
 from minigpt.encodings import Weight
 from minigpt.errors import MinigptError, OptionError
-from minigpt.model import GPT2, KVCache
+from minigpt.model import GPT2
 from minigpt.program import product
 from minigpt.team import default_threads
 
@@ -119,6 +119,7 @@ def benchmark(
     n_prompt: int | None = None,
     n_tokens: int | None = None,
     runs: int = RUNS,
+    kv_cache: str = "f32",
 ) -> Benchmark:
     """Measure a `.mgpt` file in interleaved rounds of bandwidth, decoding and prefill.
 
@@ -133,6 +134,8 @@ def benchmark(
         By default 512 and 128, or what the model's positions allow.
     runs : int
         Rounds.
+    kv_cache : str
+        See `GPT2`.
 
     Raises
     ------
@@ -144,11 +147,11 @@ def benchmark(
     checkpoint = load(path)
     limit = checkpoint.config.n_positions
     n_prompt = min(PREFILL_TOKENS, limit) if n_prompt is None else n_prompt
-    n_tokens = min(DECODE_TOKENS, limit - _first_prompt(limit) + 1) if n_tokens is None else n_tokens
-    _check("runs", runs, 1, 1000)
-    _check("the prompt's length", n_prompt, 1, limit)
-    _check("the number of tokens", n_tokens, 2, limit - _first_prompt(limit) + 1)
-    model = GPT2(checkpoint, n_threads, expand=expand)
+    n_tokens = min(DECODE_TOKENS, limit - first_prompt(limit) + 1) if n_tokens is None else n_tokens
+    check("runs", runs, 1, 1000)
+    check("the prompt's length", n_prompt, 1, limit)
+    check("the number of tokens", n_tokens, 2, limit - first_prompt(limit) + 1)
+    model = GPT2(checkpoint, n_threads, kv_cache, expand)
     threads = default_threads() if n_threads is None else n_threads
     parts = bytes_per_token(checkpoint)
     size = sum(parts.values())
@@ -164,7 +167,7 @@ def benchmark(
         decode_tokens_per_s=speed,
         prefill_tokens_per_s=prefill_speed,
         load_s=repeat(lambda: load_time(path, n_threads, expand), runs),
-        start=start(path, n_threads=n_threads, expand=expand, n_tokens=n_tokens, runs=runs),
+        start=start(path, n_threads=n_threads, expand=expand, n_tokens=n_tokens, runs=runs, kv_cache=kv_cache),
         bytes_per_token=parts,
         bandwidth_gb_s=near,
         memory_gb_s=far,
@@ -182,8 +185,8 @@ def benchmark(
 
 def decode(model: GPT2, n_tokens: int = DECODE_TOKENS) -> tuple[float, float]:
     """Return tokens a second of greedy decoding after a short prompt, and processor seconds per token."""
-    cache = KVCache(model.config)
-    token = model.forward(some_ids(_first_prompt(model.config.n_positions), model.config.vocab_size), cache)[0].argmax()
+    cache = model.new_cache()
+    token = model.forward(some_ids(first_prompt(model.config.n_positions), model.config.vocab_size), cache)[0].argmax()
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(n_tokens - 1):
         token = model.forward([token], cache)[0].argmax()
@@ -193,7 +196,7 @@ def decode(model: GPT2, n_tokens: int = DECODE_TOKENS) -> tuple[float, float]:
 
 def prefill(model: GPT2, n_tokens: int = PREFILL_TOKENS) -> float:
     """Return tokens a second of reading a prompt, up to the choice of the first new token."""
-    ids, cache = some_ids(n_tokens, model.config.vocab_size), KVCache(model.config)
+    ids, cache = some_ids(n_tokens, model.config.vocab_size), model.new_cache()
     began = time.perf_counter()
     model.forward(ids, cache)[0].argmax()
     return n_tokens / (time.perf_counter() - began)
@@ -279,9 +282,9 @@ STAGES = {  # what a process does up to its first token and on; the first is the
     "minigpt": "import minigpt; minigpt.load; from minigpt import model as m, ops, tokenizer",
     "file": "checkpoint = minigpt.checkpoint.load(path)",
     "backend": "ops.backend()",
-    "kernels": "model = m.GPT2(checkpoint, n_threads, expand=expand)",
+    "kernels": "model = m.GPT2(checkpoint, n_threads, kv_cache, expand)",
     "tokenizer": "ids = tokenizer.Tokenizer(checkpoint.vocabulary).encode(text)[:16]",
-    "first token": "cache = m.KVCache(model.config); token = model.forward(ids, cache)[0].argmax()",
+    "first token": "cache = model.new_cache(); token = model.forward(ids, cache)[0].argmax()",
     "generation": """for _ in range(n_tokens - 1):
     began = time.perf_counter()
     token = model.forward([token], cache)[0].argmax()
@@ -290,7 +293,7 @@ STAGES = {  # what a process does up to its first token and on; the first is the
 
 _CHILD = """
 import sys, time
-path, n_threads, expand, text, n_tokens, stages = eval(sys.stdin.readline())
+path, n_threads, kv_cache, expand, text, n_tokens, stages = eval(sys.stdin.readline())
 tokens = []
 for stage in stages:
     exec(stage)
@@ -362,6 +365,7 @@ def start(
     expand: bool = False,
     n_tokens: int = DECODE_TOKENS,
     runs: int = RUNS,
+    kv_cache: str = "f32",
 ) -> Start:
     """Start fresh processes that open the model and generate, and watch them.
 
@@ -370,7 +374,7 @@ def start(
     MinigptError
         If such a process fails, or nothing here tells its memory.
     """
-    job = (os.fspath(Path(path).resolve()), n_threads, expand, TEXT, n_tokens, list(STAGES.values()))
+    job = (os.fspath(Path(path).resolve()), n_threads, kv_cache, expand, TEXT, n_tokens, list(STAGES.values()))
     _watch(job)
     watched = [_watch(job) for _ in range(runs)]
     first_token = list(STAGES).index("first token")
@@ -565,11 +569,12 @@ def _read(path: str) -> str:
         return ""
 
 
-def _first_prompt(n_positions: int) -> int:
+def first_prompt(n_positions: int) -> int:
     """Return the length of the prompt before decoding."""
     return min(DECODE_PROMPT, max(1, n_positions // 2))
 
 
-def _check(name: str, value: int, low: int, high: int) -> None:
+def check(name: str, value: int, low: int, high: int) -> None:
+    """Raise an OptionError unless low <= value <= high."""
     if not low <= value <= high:
         raise OptionError(f"{name} must be in {low}..{high}, not {value}")

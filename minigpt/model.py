@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from minigpt import layers
 from minigpt.cache import KVCache, checked_kind
 from minigpt.checkpoint import Checkpoint
-from minigpt.errors import ContextError, OptionError
+from minigpt.errors import BackendError, ContextError, OptionError
 from minigpt.program import Program, can_run
 from minigpt.team import checked_threads
 
@@ -104,6 +105,18 @@ class GPT2:
     def new_cache(self, n_sequences: int = 1) -> KVCache:
         """Return an empty cache of this model's kind."""
         return KVCache(self.config, n_sequences, self.kv_cache)
+
+    def laps(self) -> AbstractContextManager[Ids]:
+        """Let the compiled network note for what its time goes: see `Program.laps`.
+
+        Raises
+        ------
+        BackendError
+            On the NumPy backend.
+        """
+        if self._program is None:
+            raise BackendError("the NumPy backend does not time its parts; unset MINIGPT_BACKEND, or install numba")
+        return self._program.laps()
 
     def logits(self, ids: ArrayLike) -> Iterator[Floats]:
         """Yield the logits of every token of one text, [n, vocab_size] for up to SHOWN tokens at a time."""

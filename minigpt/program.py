@@ -6,8 +6,11 @@ no arithmetic. Callers must have checked ids, positions and sequences: the kerne
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +96,19 @@ class Program:
             fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = n_runs, logits.ctypes.data
             self.team.run(self._forward, self._address, alike=n_tokens == 1)
         return logits
+
+    @contextmanager
+    def laps(self) -> Iterator[NDArray[np.int64]]:
+        """Let threads note for what their time goes: int64 [n_threads, LAP_SIZE], nanoseconds (see `layout.py`)."""
+        record = aligned((self.team.n_threads, layout.LAP_SIZE), np.int64)
+        record[:] = 0
+        with self.team.lock:
+            self._fill(P_LAPS=record.ctypes.data, P_CLOCK=_clock_address())
+        try:
+            yield record
+        finally:
+            with self.team.lock:
+                self._fill(P_LAPS=0)
 
     def _describe_model(self) -> None:
         """Fill in what stays the same from call to call."""
@@ -289,6 +305,12 @@ def _address(name: str) -> int:
     kernel = ops.kernel(name)
     assert kernel is not None, "the NumPy backend has no programs"
     return kernel.address
+
+
+def _clock_address() -> int:
+    """Return the address of C's `timespec_get`; Windows has it under another name."""
+    function = ctypes.cdll.ucrtbase._timespec64_get if sys.platform == "win32" else ctypes.CDLL(None).timespec_get
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _bits(value: float) -> int:

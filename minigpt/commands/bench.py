@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from minigpt import measure
+from minigpt import measure, parts
 from minigpt.commands import common
 from minigpt.measure import Benchmark, Spread
+from minigpt.model import GPT2
 
 ROWS = {  # attribute of Benchmark: (label, unit, digits)
     "decode_tokens_per_s": ("decode, {n_tokens} tokens", "tokens/s", 1),
@@ -37,14 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, metavar="N", help="tokens of the prefill (default: 512)")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to decode (default: 128)")
     parser.add_argument("--runs", type=int, default=measure.RUNS, metavar="N", help="default: %(default)s")
+    text = "instead: for what each microsecond of a token is spent, after a prompt of --prompt tokens (default: 16)"
+    parser.add_argument("--parts", action="store_true", help=text)
     common.add_threads(parser)
     common.add_expand(parser)
+    common.add_kv_cache(parser)
     common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print."""
     common.announce_compiling()
+    if options.parts:
+        _run_parts(options)
+        return
     result = measure.benchmark(
         common.model_path(options.model),
         n_threads=options.threads,
@@ -52,11 +59,28 @@ def run(options: argparse.Namespace) -> None:
         n_prompt=options.prompt,
         n_tokens=options.tokens,
         runs=options.runs,
+        kv_cache=options.kv_cache,
     )
     if options.json:
         print(json.dumps(as_json(result)))
     else:
         _print(result)
+
+
+def _run_parts(options: argparse.Namespace) -> None:
+    model = GPT2(common.open_model(options.model), options.threads, options.kv_cache, options.expand)
+    found = parts.time_parts(model, n_prompt=options.prompt, n_tokens=options.tokens, runs=options.runs)
+    if options.json:
+        print(json.dumps({label: dataclasses.asdict(part) for label, part in found.items()}))
+        return
+    total = sum(part.microseconds.median for part in found.values())
+    rows: list[tuple[str, ...]] = [("microseconds of a token", "median", "min", "max", "share", "MB", "GB/s")]
+    for label, part in found.items():
+        time = part.microseconds
+        cells = [f"{us:,.1f}" for us in (time.median, time.minimum, time.maximum)]
+        read = (f"{part.n_bytes / 1e6:.1f}", f"{part.n_bytes / time.median / 1e3:.1f}") if part.n_bytes else ("", "")
+        rows.append((label, *cells, f"{time.median / total:.1%}", *read))
+    common.print_table([*rows, ("together", f"{total:,.1f}", "", "", "", "", "")])
 
 
 def as_json(result: Benchmark) -> dict[str, Any]:

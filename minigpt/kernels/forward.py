@@ -6,21 +6,59 @@ from numba import njit
 
 from minigpt.kernels.elementwise import activate, layer_norm, quantize, quantize_to_bytes
 from minigpt.kernels.entry import HELP, entry, int32
-from minigpt.kernels.intrinsics import call_attend, call_matmul, call_rows, f32, float_of_bits, i64, never_inline
+from minigpt.kernels.intrinsics import (
+    call_attend,
+    call_clock,
+    call_matmul,
+    call_rows,
+    f32,
+    float_of_bits,
+    i64,
+    never_inline,
+)
 from minigpt.kernels.phases import finish_phase, is_over, next_chunk, take_chunk
 from minigpt.kernels.target import BYTES, PANEL, TILE
 from minigpt.layout import *
 
 
 @njit(**HELP)
-def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
+def lap(program, thread, part):
+    """Put the time since the thread's last lap to the account of a part, if somebody measures."""
+    if i64(program)[P_LAPS]:
+        take_time(program, thread, part)
+
+
+@njit(**HELP)
+def take_time(program, thread, part):
+    """Do so."""
+    never_inline()
+    p = i64(program)
+    laps = p[P_LAPS] + thread * LAP_SIZE * 8
+    call_clock(p[P_CLOCK], (laps + LAP_SECONDS * 8, 1))  # UTC
+    record = i64(laps)
+    now = record[LAP_SECONDS] * 1_000_000_000 + record[LAP_NANOSECONDS]
+    record[part] += now - record[LAP_LAST]
+    record[LAP_LAST] = now
+
+
+@njit(**HELP)
+def finish(program, thread, phase, part):
+    """End a phase in which this thread was busy with a part: wait for the others and return the next phase."""
+    lap(program, thread, part)
+    phase = finish_phase(i64(program)[P_TEAM], phase)
+    lap(program, thread, LAP_WAITING)
+    return phase
+
+
+@njit(**HELP)
+def take_input(program, thread, phase, n_tokens, source, stride, gain, bias, matrix):
     """Make the activations that a matrix takes: LayerNorm if there is a gain, integers if the matrix wants them.
 
     A few tokens are done by every thread for itself, which is sooner than meeting twice; many are shared out.
     Returns the address of the thread's activation record and the next phase.
     """
     never_inline()
-    p = i64(p)
+    p = i64(program)
     few = n_tokens < TILE
     address = (p[P_OWN] if few else p[P_SHARED]) + thread * X_SIZE * 8
     x = i64(address)
@@ -31,6 +69,7 @@ def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
         if not is_over(p[P_TEAM], phase):
             for token in range(n_tokens):
                 make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token, False)
+        lap(program, thread, LAP_INPUT)
         return address, phase
     n_chunks = (n_tokens + TILE - 1) // TILE
     chunk = take_chunk(p[P_TEAM], phase, n_chunks)
@@ -38,7 +77,7 @@ def take_input(p, thread, phase, n_tokens, source, stride, gain, bias, matrix):
         for token in range(chunk * TILE, min(chunk * TILE + TILE, n_tokens)):
             make_activation(p, address, source + token * stride * 4, gain, bias, matrix, token, True)
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return address, finish_phase(p[P_TEAM], phase)
+    return address, finish(program, thread, phase, LAP_INPUT)
 
 
 @njit(**HELP)
@@ -69,9 +108,9 @@ def multiply(matrix, x, y, y_stride, n_tokens, row_begin, row_end):
 
 
 @njit(**HELP)
-def embed(p, phase):
+def embed(program, thread, phase):
     """X = wte[id] + wpe[position]."""
-    p = i64(p)
+    p = i64(program)
     n_embd, n_tokens = p[P_N_EMBD], p[P_N_TOKENS]
     n_chunks = (n_tokens + TILE - 1) // TILE
     chunk = take_chunk(p[P_TEAM], phase, n_chunks)
@@ -83,7 +122,7 @@ def embed(p, phase):
             for i in range(n_embd):
                 f32(x)[i] += f32(y)[i]
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return finish_phase(p[P_TEAM], phase)
+    return finish(program, thread, phase, LAP_EMBEDDING)
 
 
 @njit(**HELP)
@@ -102,13 +141,15 @@ def attention(program, layer, thread, phase):
         for part in range(3):
             row = (part * n_head + head) * head_dim
             multiply(block[L_C_ATTN], x, p[P_Y], p[P_Y_STRIDE], n_tokens, row, row + head_dim)
+        lap(program, thread, LAP_C_ATTN)
         call_attend(p[P_ATTEND], (program, layer, thread, head))
+        lap(program, thread, LAP_ATTENTION)
         head = next_chunk(p[P_TEAM], phase, n_head)
-    return finish_phase(p[P_TEAM], phase)
+    return finish(program, thread, phase, LAP_ATTENTION)
 
 
 @njit(**HELP)
-def add_projection(program, thread, phase, matrix, bias):
+def add_projection(program, thread, phase, matrix, bias, part):
     """X += c_proj(z) + bias, the end of both halves of a block."""
     never_inline()
     p = i64(program)
@@ -125,7 +166,7 @@ def add_projection(program, thread, phase, matrix, bias):
             for i in range(begin, end):
                 to[i] += y[i] + f32(bias)[i]
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return finish_phase(p[P_TEAM], phase)
+    return finish(program, thread, phase, part)
 
 
 @njit(**HELP)
@@ -146,7 +187,7 @@ def mlp_hidden(program, layer, thread, phase):
             y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
             activate(p[P_ACTIVATION], y, block[L_C_FC_BIAS] + begin * 4, z, end - begin)
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return finish_phase(p[P_TEAM], phase)
+    return finish(program, thread, phase, LAP_C_FC)
 
 
 @njit(**HELP)
@@ -161,7 +202,7 @@ def logits(program, thread, phase):
             for j in range(n_embd):
                 z[j] = x[j]
         chunk = next_chunk(p[P_TEAM], phase, 1)
-    phase = finish_phase(p[P_TEAM], phase)
+    phase = finish(program, thread, phase, LAP_LM_HEAD)
     x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
     n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_keep)
     n_chunks = (n_out + step - 1) // step
@@ -169,20 +210,21 @@ def logits(program, thread, phase):
     while chunk >= 0:
         multiply(matrix, x, p[P_LOGITS], n_out, n_keep, chunk * step, min(chunk * step + step, n_out))
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return finish_phase(p[P_TEAM], phase)
+    return finish(program, thread, phase, LAP_LM_HEAD)
 
 
 @entry(2)
 def forward(program, thread):
     """GPT-2 over the program's tokens: writes their keys and values to the cache and the wanted logits."""
     p = i64(program)
-    phase = embed(program, 0)
+    lap(program, thread, LAP_BETWEEN)
+    phase = embed(program, thread, 0)
     for i in range(p[P_N_LAYER]):
         layer = p[P_LAYERS] + i * L_SIZE * 8
         block = i64(layer)
         phase = attention(program, layer, thread, phase)
-        phase = add_projection(program, thread, phase, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS])
+        phase = add_projection(program, thread, phase, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS], LAP_ATTN_C_PROJ)
         phase = mlp_hidden(program, layer, thread, phase)
-        phase = add_projection(program, thread, phase, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS])
+        phase = add_projection(program, thread, phase, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS], LAP_MLP_C_PROJ)
     if p[P_N_KEEP]:
         logits(program, thread, phase)

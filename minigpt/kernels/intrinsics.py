@@ -68,6 +68,14 @@ def _call(n_arguments: int) -> Any:
 call_matmul, call_attend, call_rows, call_entry = _call(7), _call(4), _call(3), _call(2)
 
 
+@instruction(void, int64, types.UniTuple(int64, 2))
+def call_clock(b: Any, address: Any, arguments: Any) -> None:
+    """Call the C function `int timespec_get(struct timespec *, int)` at an address."""
+    time, base = cgutils.unpack_tuple(b, arguments)
+    function = ir.FunctionType(I32, [I64, I32])
+    b.call(b.inttoptr(address, function.as_pointer()), [time, b.trunc(base, I32)])
+
+
 @instruction(void, int64)
 def call_yield(b: Any, address: Any) -> None:
     """Call the C function `int f(void)` at an address."""
