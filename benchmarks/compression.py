@@ -90,6 +90,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         for criterion in ("magnitude", "wanda", "sparsegpt")
         for sparsity in (0.4, 0.5, 0.6)
     },
+    "sparsegpt 50 %, 32,768 tokens": prune("sparsegpt", 0.5, tokens=32768),
     "sparsegpt 2:4": ("prune", {"pattern": "2:4"}),
     "int8": rounded("int8"),
     "int4, to nearest": rounded("int4"),
@@ -108,7 +109,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def take(before: Checkpoint, step: str, parameters: dict[str, Any], calibration: Calibration) -> Checkpoint:
-    """Take a step; the trial encoding is none of those that steps offer."""
+    """Take a step, fitted on more than N_FIT tokens if it says so; the trial encoding is none that steps offer."""
+    parameters = dict(parameters)
+    calibration = replace(calibration, n_tokens=parameters.pop("tokens", N_FIT))
     if parameters.get("encoding") != Int3.name:
         return STEPS[step](before, calibration, **parameters)
     return quantize.requantize(before, calibration, quantize.assigned(before, Int3.name), parameters["method"])

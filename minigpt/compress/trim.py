@@ -26,6 +26,7 @@ from minigpt.compress.calibration import (
     Statistics,
     collect,
     embed,
+    let_go,
     required,
     residuals,
     run_half,
@@ -43,7 +44,7 @@ from minigpt.compress.step import (
     whole,
     wholes,
 )
-from minigpt.encodings import Weight
+from minigpt.encodings import Weight, encode
 from minigpt.errors import OptionError
 from minigpt.evaluate import read_documents
 from minigpt.tokenizer import Tokenizer
@@ -213,9 +214,10 @@ def rotate(checkpoint: Checkpoint, calibration: Calibration | None, n_embd: int,
         shares[place] = np.linalg.norm(x @ directions, axis=1).mean() / np.linalg.norm(x, axis=1).mean()
     lost = (means - means @ directions @ directions.T).astype(np.float32)  # [places, old], constant to readers
 
-    changes: dict[str, NDArray[np.floating] | Weight] = {}
+    changes: dict[str, NDArray[np.floating] | Weight] = {}  # encoded at once, as all together need much room
     for table in ("wte.weight", "wpe.weight"):
-        changes[table] = weights[table].decode() @ basis * scale
+        changes[table] = encode(weights[table].decode() @ (basis * scale))
+        weights[table].let_go()
     for place in range(places - 1):
         norm, half = norm_of(place, checkpoint.config.n_layer), f"h.{place // 2}"
         reader, writer = [("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")][place % 2]
@@ -223,16 +225,20 @@ def rotate(checkpoint: Checkpoint, calibration: Calibration | None, n_embd: int,
         w = weights[f"{half}.{reader}.weight"].decode()  # [n_out, old]
         changes[f"{norm}.weight"] = np.full(n_embd, shares[place] / scale)
         changes[f"{norm}.bias"] = np.zeros(n_embd)
-        changes[f"{half}.{reader}.weight"] = (w * gain) @ basis
+        changes[f"{half}.{reader}.weight"] = encode(w @ (gain[:, None] * basis))
         shift = w @ (bias + gain * lost[place])
         changes[f"{half}.{reader}.bias"] = layers.vector(weights, f"{half}.{reader}.bias") + shift
         for part in ("weight", "bias"):
-            changes[f"{half}.{writer}.{part}"] = scale * basis.T @ weights[f"{half}.{writer}.{part}"].decode()
+            changes[f"{half}.{writer}.{part}"] = encode(scale * basis.T @ weights[f"{half}.{writer}.{part}"].decode())
+        let_go(weights, place)
     gain, bias = layers.vector(weights, "ln_f.weight"), layers.vector(weights, "ln_f.bias")
     constant = bias + gain * lost[-1]
     if untie or not checkpoint.tied:
         head = weights["lm_head.weight"].decode()
-        changes["lm_head.weight"] = (head * gain) @ basis + (head @ constant / n_embd)[:, None]
+        turned = head @ (gain[:, None] * basis)
+        turned += (head @ constant / n_embd)[:, None]
+        changes["lm_head.weight"] = encode(turned)
+        weights["lm_head.weight"].let_go()
         changes["ln_f.weight"], changes["ln_f.bias"] = np.full(n_embd, shares[-1] / scale), np.ones(n_embd)
     else:
         changes["ln_f.weight"] = np.full(n_embd, gain.mean() * shares[-1] / scale**2)
