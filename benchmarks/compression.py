@@ -237,18 +237,18 @@ def measure_rows(options: argparse.Namespace) -> None:
 
 def measure_speed(options: argparse.Namespace) -> None:
     """Time decoding of every model as it would be shipped, each time right after the dense int8 one."""
-    shipped = options.work / "shipped.mgpt"
-    plain = GPT2(mgpt.load(file_of(options.work, options.name, "int8")), options.threads)
+    shipped, dense = options.work / "shipped.mgpt", options.work / "dense.mgpt"
+    mgpt.save(mgpt.load(file_of(options.work, options.name, "int8")), dense)
     for name, known in results(options.work)[options.name].items():
         if "speed" in known:
             continue
         mgpt.save(storable(mgpt.load(file_of(options.work, options.name, name))), shipped)
-        model = GPT2(mgpt.load(shipped), options.threads)
+        plain, model = (GPT2(mgpt.load(path), options.threads) for path in (dense, shipped))
         rates = [in_turns(plain, model, odd=number % 2 == 1) for number in range(ROUNDS + 1)]
         values = {
             "bytes": shipped.stat().st_size,
             "tokens_per_s": statistics.median(speed for _, speed in rates[1:]),
-            "speed": statistics.median(speed / dense for dense, speed in rates[1:]),
+            "speed": statistics.median(speed / other for other, speed in rates[1:]),
         }
         note(options.work, options.name, name, values)
 
