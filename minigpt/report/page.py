@@ -32,8 +32,10 @@ td small { color: #555; display: block; white-space: nowrap; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: 0.9rem; }
 dt { font-weight: 600; } dd { margin: 0 0 0.4rem 1.5rem; }
+@page { size: A4 landscape; margin: 12mm; }
 @media print {
-  body { max-width: none; font-size: 11px; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
+  body { max-width: none; margin: 0; font-size: 11px; } .wide { overflow: visible; }
+  table { font-size: 9px; } th, td { padding: 0.2rem 0.3rem; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
 }
 """
 

@@ -126,20 +126,38 @@ def pareto(pyplot: Any, report: Report) -> Any:
     figure, panel = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
     front = front_of([(size, v["value"]) for _, size, v in points])
     panel.step(*zip(*front, strict=True), where="post", color=GREEN, linewidth=1.5, label="Pareto front", zorder=1)
-    for name, size, v in points:
+    for _, size, v in points:
         best = (size, v["value"]) in front
         errors = [[v["value"] - v["low"]], [v["high"] - v["value"]]]
         panel.errorbar(
             size, v["value"], yerr=errors, fmt="o" if best else "s", color=GREEN if best else GREY, capsize=2, zorder=2
         )
-        panel.annotate(name, (size, v["value"]), (7, 5), textcoords="offset points")
     panel.set(xscale="log", yscale="log", xlabel="file size, MB", ylabel="perplexity per token of the original")
     panel.margins(x=0.22, y=0.12)
+    _label(panel, [(name, (size, v["value"])) for name, size, v in points])
     _plain_ticks(panel.xaxis, (1, 2, 5))
     _plain_ticks(panel.yaxis)
     panel.grid(which="major")
     panel.legend(loc="upper right")
     return figure
+
+
+def _label(panel: Any, points: list[tuple[str, tuple[float, float]]]) -> None:
+    """Write names beside points, from left to right, each as far up as it must be to stand clear of the others."""
+    panel.figure.draw_without_rendering()  # only now is it known where points lie
+    width, height, per_point = 6.5, 14, 72 / panel.figure.dpi  # of a letter and of a line, in points
+    taken: list[tuple[float, float, float]] = []
+    for name, place in sorted(points, key=lambda point: point[1]):
+        x, y = (per_point * float(v) for v in panel.transData.transform(place))
+        up = 5
+        while any(
+            x < right + width and left < x + width * len(name) and abs(y + up - at) < height
+            for left, right, at in taken
+        ):
+            up += height
+        taken.append((x, x + width * len(name), y + up))
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if up > height else None
+        panel.annotate(name, place, (7, up), textcoords="offset points", arrowprops=line)
 
 
 def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
