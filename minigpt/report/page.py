@@ -35,7 +35,8 @@ dt { font-weight: 600; } dd { margin: 0 0 0.4rem 1.5rem; }
 @page { size: A4 landscape; margin: 12mm; }
 @media print {
   body { max-width: none; margin: 0; font-size: 11px; } .wide { overflow: visible; }
-  table { font-size: 9px; } th, td { padding: 0.2rem 0.3rem; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
+  table { font-size: 9px; } th, td { padding: 0.2rem 0.3rem; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
 }
 """
 
