@@ -40,7 +40,7 @@ def load(
     n_threads : int, optional
         By default the physical cores that this process may use, or `MINIGPT_NUM_THREADS`.
     kv_cache : {"f32", "int8"}
-        How keys and values of past tokens are kept: int8 takes a quarter of the memory and is faster in long texts.
+        How keys and values of past tokens are kept: int8 takes 27 % of the memory and is faster in long texts.
     expand : bool
         Whether sparse matrices become dense in memory, see `GPT2`.
 
