@@ -253,6 +253,8 @@ def read(path: StrPath) -> Contents:
     with _named("read", path), _opened(path) as file:
         index = _read_index(file)
         mapped = mmap.mmap(file.fileno(), index.file_size, access=mmap.ACCESS_READ)
+    with contextlib.suppress(AttributeError, OSError):  # what comes from the disk now may come in pages of 2 MB
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     arrays = {key: _view(mapped, part) for key, part in index.parts.items()}
     tensors = {
         name: Tensor(
