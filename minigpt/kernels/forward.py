@@ -125,26 +125,67 @@ def embed(program, thread, phase):
     return finish(program, thread, phase, LAP_EMBEDDING)
 
 
+# The rows of a matrix are shared out in chunks; `use(p, bias, begin, end)` takes the products of a chunk from Y while
+# they are in the cache.
+
+
+def _linear(use):
+    """Return `linear(program, thread, phase, x, matrix, bias, part)`: the whole matrix times x, chunk by chunk."""
+
+    @njit(**HELP)
+    def linear(program, thread, phase, x, matrix, bias, part):
+        never_inline()
+        p, n_out = i64(program), i64(matrix)[W_N_OUT]
+        step = rows_of_chunk(p, matrix, p[P_N_TOKENS])
+        n_chunks = (n_out + step - 1) // step
+        chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+        while chunk >= 0:
+            begin, end = chunk * step, min(chunk * step + step, n_out)
+            multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], p[P_N_TOKENS], begin, end)
+            use(p, bias, begin, end)
+            chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+        return finish(program, thread, phase, part)
+
+    return linear
+
+
+@_linear
+@njit(**HELP)
+def products(p, bias, begin, end):
+    """Y = W x, without the bias."""
+
+
+@_linear
+@njit(**HELP)
+def add_products(p, bias, begin, end):
+    """X += W x + bias."""
+    for token in range(p[P_N_TOKENS]):
+        x, y = f32(p[P_X] + token * p[P_N_EMBD] * 4), f32(p[P_Y] + token * p[P_Y_STRIDE] * 4)
+        for i in range(begin, end):
+            x[i] += y[i] + f32(bias)[i]
+
+
+@_linear
+@njit(**HELP)
+def activate_products(p, bias, begin, end):
+    """Z = activation_function(W x + bias)."""
+    for token in range(p[P_N_TOKENS]):
+        y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
+        activate(p[P_ACTIVATION], y, bias + begin * 4, z, end - begin)
+
+
 @njit(**HELP)
 def attention(program, layer, thread, phase):
-    """Z = attention(c_attn(ln_1(x))), a head at a time: its rows of q, k and v are nobody else's business.
-
-    The kernel of the cache's kind does what follows the products.
-    """
+    """Z = attention(c_attn(ln_1(x))); the kernel of the cache's kind does what follows the products, head by head."""
     p, block = i64(program), i64(layer)
-    n_tokens, n_head, head_dim = p[P_N_TOKENS], block[L_N_HEAD], p[P_HEAD_DIM]
     x, phase = take_input(
-        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
+        program, thread, phase, p[P_N_TOKENS], p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
     )
-    head = take_chunk(p[P_TEAM], phase, n_head)
+    phase = products(program, thread, phase, x, block[L_C_ATTN], 0, LAP_C_ATTN)
+    head = take_chunk(p[P_TEAM], phase, block[L_N_HEAD])
     while head >= 0:
-        for part in range(3):
-            row = (part * n_head + head) * head_dim
-            multiply(block[L_C_ATTN], x, p[P_Y], p[P_Y_STRIDE], n_tokens, row, row + head_dim)
-        lap(program, thread, LAP_C_ATTN)
         call_attend(p[P_ATTEND], (program, layer, thread, head))
-        lap(program, thread, LAP_ATTENTION)
-        head = next_chunk(p[P_TEAM], phase, n_head)
+        head = next_chunk(p[P_TEAM], phase, block[L_N_HEAD])
     return finish(program, thread, phase, LAP_ATTENTION)
 
 
@@ -153,41 +194,18 @@ def add_projection(program, thread, phase, matrix, bias, part):
     """X += c_proj(z) + bias, the end of both halves of a block."""
     never_inline()
     p = i64(program)
-    n_tokens = p[P_N_TOKENS]
-    x, phase = take_input(program, thread, phase, n_tokens, p[P_Z], p[P_Z_STRIDE], 0, 0, matrix)
-    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
-    n_chunks = (n_out + step - 1) // step
-    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
-    while chunk >= 0:
-        begin, end = chunk * step, min(chunk * step + step, n_out)
-        multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
-        for token in range(n_tokens):
-            to, y = f32(p[P_X] + token * n_out * 4), f32(p[P_Y] + token * p[P_Y_STRIDE] * 4)
-            for i in range(begin, end):
-                to[i] += y[i] + f32(bias)[i]
-        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return finish(program, thread, phase, part)
+    x, phase = take_input(program, thread, phase, p[P_N_TOKENS], p[P_Z], p[P_Z_STRIDE], 0, 0, matrix)
+    return add_products(program, thread, phase, x, matrix, bias, part)
 
 
 @njit(**HELP)
 def mlp_hidden(program, layer, thread, phase):
     """Z = activation_function(c_fc(ln_2(x)))."""
     p, block = i64(program), i64(layer)
-    n_tokens, matrix = p[P_N_TOKENS], block[L_C_FC]
     x, phase = take_input(
-        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_2], block[L_LN_2_BIAS], matrix
+        program, thread, phase, p[P_N_TOKENS], p[P_X], p[P_N_EMBD], block[L_LN_2], block[L_LN_2_BIAS], block[L_C_FC]
     )
-    n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_tokens)
-    n_chunks = (n_out + step - 1) // step
-    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
-    while chunk >= 0:
-        begin, end = chunk * step, min(chunk * step + step, n_out)
-        multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
-        for token in range(n_tokens):
-            y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
-            activate(p[P_ACTIVATION], y, block[L_C_FC_BIAS] + begin * 4, z, end - begin)
-        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
-    return finish(program, thread, phase, LAP_C_FC)
+    return activate_products(program, thread, phase, x, block[L_C_FC], block[L_C_FC_BIAS], LAP_C_FC)
 
 
 @njit(**HELP)
