@@ -86,7 +86,7 @@ class MiniGPT(Engine):
         self.cache = self.new_cache(self.model.config)
 
     def step(self, ids):
-        return int(self.model.forward(ids, self.cache)[0].argmax())
+        return self.model.likeliest(ids, self.cache)
 
 
 class MiniGPTInt8(MiniGPT):

@@ -92,6 +92,9 @@ class CentredInt8Store(Int8Store):
         return super().read(sequence, end) + self.parts[2][sequence][:, np.arange(end) // CENTRED]
 
 
+WORTH = 0.25  # share of logits up to which making them exact, row by row, costs less than all of them would
+EXACT_CALLS = 16  # after one that was not worth it: kept here so that a text does not depend on those before
+
 KINDS: dict[str, tuple[type[F32Store], type[F32Store]]] = {  # of keys, of values
     "f32": (F32Store, F32Store),
     "int8": (CentredInt8Store, Int8Store),
@@ -122,6 +125,7 @@ class KVCache:
         self.kind = checked_kind(kind)
         self.k, self.v = ([store(shape) for shape in shapes] for store in KINDS[self.kind])
         self.lengths: Ids = np.zeros(n_sequences, np.int64)
+        self._exact_calls = 0
 
     @property
     def n_sequences(self) -> int:
@@ -132,6 +136,15 @@ class KVCache:
     def nbytes(self) -> int:
         """Memory of all positions, whether they are filled or not."""
         return sum(part.nbytes for store in (*self.k, *self.v) for part in store.parts)
+
+    def may_be_rough(self) -> bool:
+        """Tell whether rough logits are likely to pay for the next tokens; each question counts as a call."""
+        self._exact_calls -= 1
+        return self._exact_calls < 0
+
+    def note_exact(self, share: float) -> None:
+        """Learn how many of rough logits had to be made exact: where that was dear, the next calls are exact."""
+        self._exact_calls = EXACT_CALLS if share > WORTH else 0
 
     def truncate(self, length: int, sequence: int = 0) -> None:
         """Forget the positions of a sequence from `length` on."""

@@ -114,21 +114,25 @@ def generate(
             f"the prompt's {len(prompt)} tokens exceed the model's {n_positions} positions; "
             "shorten it or turn on the context shift"
         )
-    samplers = [make_sampler(options or SamplingOptions(), sequence) for sequence in range(n)]
+    options = options or SamplingOptions()
+    samplers = [make_sampler(options, sequence) for sequence in range(n)]
+    margin = None if logprobs else options.margin
     texts = [list(prompt) for _ in range(n)]
     cache = model.new_cache(n)
 
     def read_on(active: Sequence[int]) -> Floats:
         """Return the logits [n_active, vocab] after the last tokens of the active, equally long sequences."""
         if cache.lengths[active[0]] < n_positions:
-            return model.forward([texts[s][-1] for s in active], cache, active)
+            return model.forward([texts[s][-1] for s in active], cache, active, margin=margin)
         for s in active:
             cache.truncate(keep_head, s)
-        return model.forward([id for s in active for id in texts[s][-tail:]], cache, np.repeat(active, tail))
+        ids = [id for s in active for id in texts[s][-tail:]]
+        return model.forward(ids, cache, np.repeat(active, tail), margin=margin)
 
     def steps() -> Iterator[Step]:
         fits = len(prompt) <= n_positions
-        logits = model.forward(prompt if fits else prompt[:keep_head] + prompt[-tail:], cache)  # [1, vocab]
+        first = prompt if fits else prompt[:keep_head] + prompt[-tail:]
+        logits = model.forward(first, cache, margin=margin)  # [1, vocab]
         cache.reorder([0] * n)
         logits, active, length = np.repeat(logits, n, axis=0), list(range(n)), 0  # [n_active, vocab]
         while active:

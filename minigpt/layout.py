@@ -17,12 +17,14 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     W_N_OUT,
     W_N_IN,
     W_LEVELS,  # largest magnitude of its int16 activations; 0: it takes float32 ones
+    W_SCREEN,  # address of the kernel `screen_<encoding>`, or 0
+    W_REFINE,  # address of the kernel `refine_<encoding>`, or 0
     W_PART_0,
     W_PART_1,
     W_PART_2,
     W_PART_3,
     W_SIZE,
-) = range(10)
+) = range(12)
 
 # Activations [n_tokens, n_in]: what a matrix is multiplied with. One record per thread.
 (
@@ -75,6 +77,8 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_N_KEEP,
     P_KEEP,  # int64 [n_keep]: the tokens whose logits are wanted
     P_LOGITS,  # float32 [n_keep, vocab_size]
+    P_SCREEN,  # float32 [chunks of the head, S_SIZE]: only logits near the highest are wanted exact; or 0: all are
+    P_MARGIN,  # bits of a float32: how far below the highest they are still wanted exact
     P_N_LAYER,
     P_LAYERS,  # int64 [n_layer, L_SIZE]
     P_WTE,
@@ -101,7 +105,13 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_LAPS,  # int64 [n_threads, LAP_SIZE], or 0: nobody measures
     P_CLOCK,  # address of C's timespec_get
     P_SIZE,
-) = range(36)
+) = range(38)
+
+# What is known of a chunk of the head's rows while its logits are rough: for each token a float32
+S_TOPS = 0  # the highest of the lower bounds
+S_WIDTHS = 16  # an exact logit is within scale of its row * width
+S_LIMITS = 32  # what upper bound makes a logit worth the work; then how many did
+S_SIZE = 48
 
 # Where a thread's time goes: nanoseconds for each part of the network, and what its clock has said.
 (

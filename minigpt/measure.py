@@ -186,10 +186,10 @@ def benchmark(
 def decode(model: GPT2, n_tokens: int = DECODE_TOKENS) -> tuple[float, float]:
     """Return tokens a second of greedy decoding after a short prompt, and processor seconds per token."""
     cache = model.new_cache()
-    token = model.forward(some_ids(first_prompt(model.config.n_positions), model.config.vocab_size), cache)[0].argmax()
+    token = model.likeliest(some_ids(first_prompt(model.config.n_positions), model.config.vocab_size), cache)
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(n_tokens - 1):
-        token = model.forward([token], cache)[0].argmax()
+        token = model.likeliest([token], cache)
     spent, cpu = time.perf_counter() - began, time.process_time() - cpu
     return (n_tokens - 1) / spent, cpu / (n_tokens - 1)
 
@@ -198,7 +198,7 @@ def prefill(model: GPT2, n_tokens: int = PREFILL_TOKENS) -> float:
     """Return tokens a second of reading a prompt, up to the choice of the first new token."""
     ids, cache = some_ids(n_tokens, model.config.vocab_size), model.new_cache()
     began = time.perf_counter()
-    model.forward(ids, cache)[0].argmax()
+    model.likeliest(ids, cache)
     return n_tokens / (time.perf_counter() - began)
 
 
@@ -234,14 +234,16 @@ def some_ids(n: int, vocab_size: int) -> NDArray[np.int64]:
 def bytes_per_token(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the bytes of weights that decoding one token reads, by part of the network.
 
-    The head counts whole, other tables with the one row that is looked up. Keys and values come on top:
-    8 * n_layer * n_head * head_dim bytes for every token so far, a quarter of that in an int8 cache.
+    The head counts with what finding the likeliest token reads, other tables with the one row that is looked up. Keys
+    and values come on top: 8 * n_layer * n_head * head_dim bytes for every token so far, a quarter of that in an int8
+    cache.
     """
     parts = {"attention": 0, "mlp": 0, "head": 0, "other": 0}
     for name, weight in checkpoint.weights.items():
         part = next((p for p in ("attn", "mlp", "lm_head") if f"{p}." in name), "other")
         one_row = name in ("wte.weight", POSITIONS)
-        parts[_PARTS[part]] += math.ceil(weight.nbytes / weight.shape[0]) if one_row else weight.nbytes
+        n_bytes = weight.nbytes_first if name == "lm_head.weight" else weight.nbytes
+        parts[_PARTS[part]] += math.ceil(n_bytes / weight.shape[0]) if one_row else n_bytes
     return parts
 
 
@@ -284,10 +286,10 @@ STAGES = {  # what a process does up to its first token and on; the first is the
     "backend": "ops.backend()",
     "kernels": "model = m.GPT2(checkpoint, n_threads, kv_cache, expand)",
     "tokenizer": "ids = tokenizer.Tokenizer(checkpoint.vocabulary).encode(text)[:16]",
-    "first token": "cache = model.new_cache(); token = model.forward(ids, cache)[0].argmax()",
+    "first token": "cache = model.new_cache(); token = model.likeliest(ids, cache)",
     "generation": """for _ in range(n_tokens - 1):
     began = time.perf_counter()
-    token = model.forward([token], cache)[0].argmax()
+    token = model.likeliest([token], cache)
     tokens.append(time.perf_counter() - began)""",
 }
 

@@ -56,6 +56,7 @@ class GPT2:
         cache: KVCache,
         sequences: ArrayLike | None = None,
         keep: ArrayLike | None = None,
+        margin: float | None = None,
     ) -> Floats:
         """Run tokens through the network and extend the cache by them.
 
@@ -69,6 +70,10 @@ class GPT2:
             Which sequence of the cache each token continues; by default all continue sequence 0.
         keep : array-like of int, optional
             Indices of the tokens whose logits are wanted, ascending; by default the last of each sequence.
+        margin : float, optional
+            How far below a token's highest logit the others still matter. A head that can (`int8_split`) then reads
+            half of itself and gives a rough value for those further below. By default all are exact; 0 is enough
+            for the likeliest token.
 
         Returns
         -------
@@ -97,10 +102,14 @@ class GPT2:
         for begin in range(0, len(tokens), CHUNK):
             chunk = slice(begin, begin + CHUNK)
             here = wanted[(wanted >= begin) & (wanted < begin + CHUNK)] - begin if len(tokens) > CHUNK else wanted
-            parts.append(compute(tokens[chunk], positions[chunk], sequence_of[chunk], cache, here))
+            parts.append(compute(tokens[chunk], positions[chunk], sequence_of[chunk], cache, here, margin))
         for run, s, _ in runs:
             cache.lengths[s] += run.stop - run.start
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def likeliest(self, ids: ArrayLike, cache: KVCache) -> int:
+        """Run tokens of one sequence as `forward` does, and return the likeliest next one."""
+        return int(self.forward(ids, cache, margin=0.0)[0].argmax())
 
     def new_cache(self, n_sequences: int = 1) -> KVCache:
         """Return an empty cache of this model's kind."""
@@ -143,7 +152,9 @@ class GPT2:
             raise ContextError(f"{longest} tokens are more than the model's {n_positions} positions; shorten it")
         return runs
 
-    def _run_numpy(self, ids: Ids, positions: Ids, sequence_of: Ids, cache: KVCache, keep: Ids) -> Floats:
+    def _run_numpy(
+        self, ids: Ids, positions: Ids, sequence_of: Ids, cache: KVCache, keep: Ids, margin: float | None
+    ) -> Floats:
         batch = layers.runs(sequence_of, positions)
         x = layers.embed(self.weights, ids, positions)  # [n_tokens, n_embd]
         for i in range(self.config.n_layer):

@@ -83,14 +83,14 @@ def time_parts(
 def _one_run(model: GPT2, n_prompt: int, n_tokens: int) -> Floats:
     """Return the microseconds of a token, by account."""
     cache = model.new_cache()
-    token = model.forward(some_ids(n_prompt, model.config.vocab_size), cache)[0].argmax()
+    token = model.likeliest(some_ids(n_prompt, model.config.vocab_size), cache)
     with model.laps() as laps:
         for i in range(1 + n_tokens):
-            token = model.forward([token], cache)[0].argmax()
+            token = model.likeliest([token], cache)
             if i == 0:  # it set the clock
                 laps[:, : layout.LAP_LAST] = 0
         return laps[0, : layout.LAP_LAST] / n_tokens / 1e3
 
 
 def _bytes(model: GPT2, endings: tuple[str, ...]) -> int:
-    return sum(weight.nbytes for name, weight in model.weights.items() if name.endswith(endings))
+    return sum(weight.nbytes_first for name, weight in model.weights.items() if name.endswith(endings))

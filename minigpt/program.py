@@ -30,6 +30,7 @@ Floats = NDArray[np.float32]
 
 CHUNKS_PER_THREAD = 4  # of a matrix: few enough to cost nothing, enough for a slower thread to take fewer
 TILE, PANEL = 12, 32  # tokens and rows of a tile on the machine with the widest vectors: scratch must suffice there
+FEW, LEAST_ROWS = 6, 8  # the smallest tile, whose tokens no longer count as few, and half a panel's rows: anywhere
 LINE = 64  # bytes
 
 
@@ -59,8 +60,11 @@ class Program:
         self._cache: Any = lambda: None  # weak reference to the cache that the layers point to
         self._describe_layers()
         self._describe_model()
+        self._rough = self._room_for_bounds()
 
-    def run(self, ids: Ids, positions: Ids, sequences: Ids, cache: KVCache, keep: Ids) -> Floats:
+    def run(
+        self, ids: Ids, positions: Ids, sequences: Ids, cache: KVCache, keep: Ids, margin: float | None = None
+    ) -> Floats:
         """Run tokens through the network and write their keys and values to the cache.
 
         Parameters
@@ -71,12 +75,15 @@ class Program:
             Its lengths are left to the caller, its arrays must stay the same.
         keep : ndarray of shape (n_keep,), dtype=int64
             The tokens whose logits are wanted.
+        margin : float, optional
+            See `GPT2.forward`.
 
         Returns
         -------
         ndarray of shape (n_keep, vocab_size), dtype=float32
         """
         n_tokens, n_keep = len(ids), len(keep)
+        rough = self._rough if margin is not None and cache.may_be_rough() and 0 < n_keep < FEW else None
         logits = np.empty((n_keep, self._config.vocab_size), np.float32)
         with self.team.lock:
             if n_tokens > self._room:
@@ -94,7 +101,12 @@ class Program:
             self._runs[n_runs] = n_tokens
             fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP] = n_tokens, n_keep
             fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = n_runs, logits.ctypes.data
+            fields[layout.P_SCREEN] = 0 if rough is None else rough.ctypes.data
+            fields[layout.P_MARGIN] = _bits(margin or 0.0)
             self.team.run(self._forward, self._address, alike=n_tokens == 1)
+            if rough is not None:
+                n_exact = rough[:, layout.S_LIMITS :][:, :n_keep].sum()
+                cache.note_exact(n_exact / logits.size)
         return logits
 
     @contextmanager
@@ -109,6 +121,15 @@ class Program:
         finally:
             with self.team.lock:
                 self._fill(P_LAPS=0)
+
+    def _room_for_bounds(self) -> Floats | None:
+        """Return memory for what is known of rough logits if the head's encoding has any: [chunks of rows, S_SIZE]."""
+        weight, record = self._matrices[id(self._weights["lm_head.weight"])]
+        return (
+            np.zeros((-(-weight.shape[0] // LEAST_ROWS), layout.S_SIZE), np.float32)
+            if record[layout.W_SCREEN]
+            else None
+        )
 
     def _describe_model(self) -> None:
         """Fill in what stays the same from call to call."""
@@ -253,7 +274,8 @@ def can_run(checkpoint: Checkpoint) -> bool:
 
 def _to_expand(encoding: Encoding, wanted: bool) -> bool:
     """Tell whether a matrix must be expanded, or is to be and has a twin: f32 would be slower than what becomes it."""
-    return not ops.has_kernel(f"matmul_{encoding.name}") or (wanted and encoding.twin not in (encoding.name, "f32"))
+    has_twin = encoding.twin not in (encoding.name, "f32") and not encoding.first
+    return not ops.has_kernel(f"matmul_{encoding.name}") or (wanted and has_twin)
 
 
 def describe(weight: Weight) -> NDArray[np.int64]:
@@ -264,6 +286,8 @@ def describe(weight: Weight) -> NDArray[np.int64]:
     record[layout.W_MATMUL], record[layout.W_ROWS] = _address(f"matmul_{name}"), _address(f"rows_{name}")
     record[layout.W_N_OUT], record[layout.W_N_IN] = n_out, n_in
     record[layout.W_LEVELS] = activation_levels(n_in) if weight.encoding.activation == "i16" else 0
+    if ops.has_kernel(f"screen_{name}"):
+        record[layout.W_SCREEN], record[layout.W_REFINE] = _address(f"screen_{name}"), _address(f"refine_{name}")
     for i, part in enumerate(weight.encoding.part_dtypes):
         record[layout.W_PART_0 + i] = weight.parts[part].ctypes.data
     return record

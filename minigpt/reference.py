@@ -133,3 +133,41 @@ def matmul_by_tiles(decode: Callable[[slice], Floats], n_out: int, x: Floats) ->
         tile = slice(begin, min(begin + step, n_out))
         y[:, tile] = x @ decode(tile).T
     return y
+
+
+SURE = np.float32(2)  # steps by which a product with an input of length 1 is never wrong: 7 standard deviations
+ROUNDING = np.float32(9)  # how much more an input's own rounding error counts: codes are larger than their errors
+
+
+def screen(codes: NDArray[np.uint8], steps: Floats, middle: float, x: Floats) -> tuple[Floats, Floats]:
+    """Multiply by a matrix of which 4 bits a weight are known, (codes - middle) * steps.
+
+    A weight is off by half a step at most and by 0.29 as a rule, one up where another is down, so that a product
+    is off by 0.29 |x| steps. The input is rounded to int8.
+
+    Parameters
+    ----------
+    codes : ndarray of shape (n_out, n_in), dtype=uint8
+    steps : ndarray of shape (n_out,), dtype=float32
+    middle : float
+    x : ndarray of shape (n_tokens, n_in), dtype=float32
+
+    Returns
+    -------
+    rough, widths : ndarray of shape (n_tokens, n_out), dtype=float32
+        Products, and how far from them the exact ones may be.
+    """
+    scales = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-9)) / np.float32(127)
+    rounded = np.rint(x / scales) * scales
+    rough: Floats = rounded @ (codes - np.float32(middle)).T * steps
+    error = np.linalg.norm(x, axis=1) + ROUNDING * np.linalg.norm(x - rounded, axis=1)  # [n_tokens]
+    return rough, SURE * error[:, None] * steps
+
+
+def refine(rough: Floats, widths: Floats, exact: Floats, margin: float) -> Floats:
+    """Return the exact products where they may be within `margin` of the highest, the rough ones elsewhere.
+
+    All are [n_tokens, n_out]. The kernels compute only the exact products that are returned.
+    """
+    least = (rough - widths).max(axis=1, keepdims=True) - np.float32(margin)
+    return np.where(rough + widths >= least, exact, rough)

@@ -191,6 +191,12 @@ def min_p(logits: Floats, p: float) -> Floats:
     return _keep(logits, np.flatnonzero(logits >= logits.max() + math.log(p)))
 
 
+_names = list(FILTERS)
+ADJUSTING = _names[: _names.index("temperature")]  # filters that may raise or remove any token
+NARROWING = _names[_names.index("temperature") :]  # never the likeliest
+MARGIN = 12.0  # at temperature 1, in nats
+
+
 # ---- the sampler -------------------------------------------------------------------------------------------
 
 
@@ -220,6 +226,15 @@ class SamplingOptions:
     banned: Sequence[int] = ()
     seed: int | None = None
 
+    @property
+    def margin(self) -> float | None:
+        """How far below the highest logit others matter, for `GPT2.forward`; None where all do.
+
+        The likeliest token alone, or those e^-12 = 6e-6 times as likely and more: what the rest together are worth is
+        known to some percent. Options that may raise or remove tokens want all logits.
+        """
+        return None if _steps(self, ADJUSTING) else MARGIN * self.temperature
+
     def __post_init__(self) -> None:
         for option in fields(self):
             if option.name in FILTERS:
@@ -243,9 +258,7 @@ def make_sampler(options: SamplingOptions, sequence: int = 0) -> Sampler:
         (logits [vocab] float32, ids of the context) -> id. It raises MinigptError for logits that hold NaN or
         infinity, OptionError if the filters leave no token.
     """
-    names = list(FILTERS)
-    first = names.index("temperature")  # none from here on removes the likeliest token, so greedy skips them
-    adjust, narrow = _steps(options, names[:first]), _steps(options, names[first:])
+    adjust, narrow = _steps(options, ADJUSTING), _steps(options, NARROWING)  # the latter keep the likeliest token
     rng = np.random.default_rng(None if options.seed is None else (options.seed, sequence))
 
     def sample(logits: Floats, context: Sequence[int]) -> int:

@@ -103,7 +103,7 @@ def test_vocabulary_must_match_the_config(checkpoint):
 
 def test_encoding_policy():
     assert cp.encoding_for("h.0.attn.c_attn.weight", "int4") == "int4"
-    assert cp.encoding_for("wte.weight", "int4") == "int8"
+    assert cp.encoding_for("wte.weight", "int4") == "int8_split"
     assert cp.encoding_for("wpe.weight", "int8") == "f16"
     assert cp.encoding_for("h.0.ln_1.weight", "int8") == "f32"
     assert cp.encoding_for("h.3.mlp.c_fc.bias", "f16") == "f32"

@@ -37,7 +37,7 @@ class FakeGPT2(GPT2):
     def logits_of(self, text):
         return np.asarray(self.table(tuple(text)), np.float32)
 
-    def run(self, ids, positions, sequences, cache, keep):
+    def run(self, ids, positions, sequences, cache, keep, margin=None):
         """Stand in for `Program.run`."""
         rows = []
         for i, (id, position, s) in enumerate(zip(ids, positions, sequences, strict=True)):

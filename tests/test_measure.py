@@ -63,7 +63,7 @@ def test_bytes_per_token(encoding, tied):
     checkpoint = small_checkpoint(encoding, tied=tied)
     parts = measure.bytes_per_token(checkpoint)
     weights = checkpoint.weights
-    assert parts["head"] == weights["lm_head.weight"].nbytes
+    assert parts["head"] == weights["lm_head.weight"].nbytes_first
     assert parts["mlp"] == sum(w.nbytes for name, w in weights.items() if ".mlp." in name)
     assert parts["attention"] == sum(w.nbytes for name, w in weights.items() if ".attn." in name)
     norms = sum(w.nbytes for name, w in weights.items() if ".ln_" in name or name.startswith("ln_f"))

@@ -218,12 +218,12 @@ def test_quantize_a_model(checkpoint, calibration, method, fold, tmp_path):
     result = STEPS["quantize"](checkpoint, calibration, encoding="int4", method=method, fold=fold)
     names = {n: w.encoding.name for n, w in result.weights.items() if len(w.shape) == 2}
     assert names.pop("wpe.weight") == "f16"
-    assert names.pop("wte.weight") == names.pop("lm_head.weight") == "int8"
+    assert names.pop("wte.weight") == names.pop("lm_head.weight") == "int8_split"
     assert result.tied
     assert set(names.values()) == {"int4"}
     entry = result.history[-1]
     assert entry["step"] == "quantize"
-    assert entry["stored"] == {"int4": 8, "int8": 1, "f16": 1}
+    assert entry["stored"] == {"int4": 8, "int8_split": 1, "f16": 1}
     save(result, tmp_path / "out.mgpt")
     np.testing.assert_allclose(logits(load(tmp_path / "out.mgpt")), logits(result), atol=1e-4)
 

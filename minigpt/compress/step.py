@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.checkpoint import Checkpoint, Vocabulary
+from minigpt.checkpoint import Checkpoint, Vocabulary, encoding_for
 from minigpt.encodings import Weight, encode
 from minigpt.errors import OptionError
 
@@ -178,7 +178,7 @@ def updated(
     vocabulary: Vocabulary | None = None,
     **config: Any,
 ) -> Checkpoint:
-    """Return a checkpoint with some tensors replaced, arrays stored in f32; a tied head follows its table.
+    """Return a checkpoint with some tensors replaced, arrays stored as in f32 files; a tied head follows its table.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def updated(
     """
     old = checkpoint.config
     weights = dict(checkpoint.weights)
-    weights |= {name: w if isinstance(w, Weight) else encode(w) for name, w in changes.items()}
+    weights |= {n: w if isinstance(w, Weight) else encode(w, encoding_for(n, "f32")) for n, w in changes.items()}
     if checkpoint.tied and "lm_head.weight" not in changes:
         weights["lm_head.weight"] = weights["wte.weight"]
     blocks = [f"h.{i}" for i in range(config.get("n_layer", old.n_layer))]

@@ -10,6 +10,7 @@ from minigpt.encodings import (  # noqa: F401  (each registers itself)
     int8,
     lowrank,
     nm,
+    screened,
 )
 from minigpt.encodings.base import ENCODINGS, Encoding, Weight, encode
 from minigpt.encodings.grid import Grid, OnGrid

@@ -44,6 +44,8 @@ class Encoding(ABC):
         The encodings of wte / lm_head and of wpe in a file whose other matrices have this encoding.
     max_error : float
         Bound of |decode(encode(w)) - w| relative to the largest magnitude of the row; the tests hold it.
+    first : tuple of str
+        Parts that are read before others, or instead of them, where only the highest products matter; none: all.
     twin : str
         The plain encoding that `expand` returns and that a sparse matrix must be smaller than.
     """
@@ -54,6 +56,7 @@ class Encoding(ABC):
     tables: ClassVar[str]
     positions: ClassVar[str]
     max_error: ClassVar[float]
+    first: ClassVar[tuple[str, ...]] = ()
     twin: ClassVar[str] = "f32"
 
     def __init_subclass__(cls) -> None:
@@ -142,6 +145,11 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def nbytes_first(self) -> int:
+        """Bytes that are read to find the highest products, but for the few rows that are read in full."""
+        return sum(self.parts[part].nbytes for part in self.encoding.first or self.parts)
 
     def decode(self) -> Floats:
         """Return the whole matrix or vector in float32."""

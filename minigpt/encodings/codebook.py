@@ -86,7 +86,7 @@ class Codebook4(Codebook):
 
     name = "codebook4"
     part_dtypes = {"codes": "|u1", "table": "<f2"}
-    tables = "int8"
+    tables = "int8_split"
     positions = "f16"
     twin = "f16"
     max_error = 2.001  # k-means bounds the sum of squares; one weight may be as far as its row is wide
@@ -112,7 +112,7 @@ class Codebook8(Codebook):
 
     name = "codebook8"
     part_dtypes = {"codes": "|u1", "table": "<f2"}
-    tables = "int8"
+    tables = "int8_split"
     positions = "f16"
     twin = "f16"
     max_error = math.inf  # relative to the matrix it would be 2; a row much smaller than the others may get no value

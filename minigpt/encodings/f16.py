@@ -15,7 +15,7 @@ class F16(Encoding):
 
     name = "f16"
     part_dtypes = {"values": "<f2"}
-    tables = positions = "f16"
+    tables, positions = "f16_screened", "f16"
     max_error = 2.0**-11
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ class F32(Encoding):
 
     name = "f32"
     part_dtypes = {"values": "<f4"}
-    tables = positions = "f32"
+    tables, positions = "f32_screened", "f32"
     max_error = 0.0
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

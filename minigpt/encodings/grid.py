@@ -67,7 +67,7 @@ class OnGrid(Encoding):
 
     def grid(self, w: Floats, symmetric: bool = False) -> Grid:
         """Return the grid that spans every group of w [n_out, n_in]."""
-        scales, minimums = zip(*(self._grid(w[rows], symmetric) for rows in _rows(w)), strict=True)
+        scales, minimums = zip(*(self._grid(w[rows], symmetric) for rows in few_rows(w)), strict=True)
         return Grid(np.concatenate(scales), np.concatenate(minimums))
 
     def _grid(self, w: Floats, symmetric: bool) -> Grid:
@@ -88,13 +88,13 @@ class OnGrid(Encoding):
     def encode_on(self, grid: Grid, w: Floats) -> Parts:
         """Round every weight to the nearest point of a given grid."""
         codes = np.empty(w.shape, np.int16)
-        for rows in _rows(w):
+        for rows in few_rows(w):
             columns = Grid(grid.scales[rows], grid.minimums[rows]).columns(w.shape[1], self.group)
             codes[rows] = self.round(w[rows], *columns)
         return self.pack(codes, grid, self.kept(w))
 
 
-def _rows(w: Floats) -> Iterator[slice]:
+def few_rows(w: Floats) -> Iterator[slice]:
     """Yield some rows after the others, few enough for intermediates to be small."""
     step = max(1, ROUND_WEIGHTS // w.shape[1])
     return (slice(begin, begin + step) for begin in range(0, len(w), step))

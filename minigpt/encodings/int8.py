@@ -15,7 +15,7 @@ class Int8(OnGrid):
     name = "int8"
     part_dtypes = {"codes": "|i1", "scales": "<f4"}
     activation = "i16"
-    tables = "int8"
+    tables = "int8_split"
     positions = "f16"  # 1024 rows that are added as they are: not worth an error of half a step
     twin = "int8"
     lowest, highest = -127, 127
@@ -58,7 +58,7 @@ class Int8G32(OnGrid):
     group = 32
     part_dtypes = {"codes": "|i1", "scales": "<f2"}
     activation = "i16"
-    tables = "int8"
+    tables = "int8_split"
     positions = "f16"
     lowest, highest = -127, 127
     max_error = 0.5 / 127 + 2.0**-11

@@ -98,7 +98,7 @@ class NMInt4(NM, OnGrid):
     group = multiple = 64  # 32 codes in 16 bytes
     part_dtypes = {"masks": "|u1", "codes": "|u1", "scales": "<f2"}
     activation = "i16"
-    tables = "int8"
+    tables = "int8_split"
     positions = "f16"
     twin = "int4_g64"
     sparse = True

@@ -9,7 +9,7 @@ write kernels with), `elementwise`; `tiles` and the matrices `floats`, `int8`, `
 share work), `attention`, `forward`.
 """
 
-from minigpt.kernels import attention, forward, int4, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
+from minigpt.kernels import attention, forward, int4, screen, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
 from minigpt.kernels.entry import ENTRIES, FAST, compile_entry
 from minigpt.kernels.target import BYTES, GROUP, HALF_IN_HARDWARE, TILE, VECTOR
 

@@ -69,5 +69,7 @@ def as_it_is(b: Any, value: Any) -> Any:
 
 
 pack_f32 = _packing(f32, as_it_is, 4, pack_squares_f32)
-_add_floats("f32", f32, as_it_is, 4, pack_f32)
-_add_floats("f16", u16, half, 2, _packing(u16, half, 2, pack_squares_f16))
+pack_f16 = _packing(u16, half, 2, pack_squares_f16)
+for _screened in ("", "_screened"):
+    _add_floats(f"f32{_screened}", f32, as_it_is, 4, pack_f32)
+    _add_floats(f"f16{_screened}", u16, half, 2, pack_f16)

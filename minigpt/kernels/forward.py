@@ -11,6 +11,7 @@ from minigpt.kernels.intrinsics import (
     call_clock,
     call_matmul,
     call_rows,
+    call_screen,
     f32,
     float_of_bits,
     i64,
@@ -222,11 +223,42 @@ def logits(program, thread, phase):
         chunk = next_chunk(p[P_TEAM], phase, 1)
     phase = finish(program, thread, phase, LAP_LM_HEAD)
     x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
+    rough = p[P_SCREEN] and n_keep < TILE
     n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_keep)
     n_chunks = (n_out + step - 1) // step
     chunk = take_chunk(p[P_TEAM], phase, n_chunks)
     while chunk >= 0:
-        multiply(matrix, x, p[P_LOGITS], n_out, n_keep, chunk * step, min(chunk * step + step, n_out))
+        begin, end = chunk * step, min(chunk * step + step, n_out)
+        if rough:
+            known = p[P_SCREEN] + chunk * S_SIZE * 4
+            bounds = known + S_TOPS * 4, known + S_WIDTHS * 4
+            call_screen(i64(matrix)[W_SCREEN], (matrix, x, p[P_LOGITS], n_out, n_keep, begin, end, *bounds))
+        else:
+            multiply(matrix, x, p[P_LOGITS], n_out, n_keep, begin, end)
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
+    phase = finish(program, thread, phase, LAP_LM_HEAD)
+    return refine(program, thread, phase, step, n_chunks) if rough else phase
+
+
+@njit(**HELP)
+def refine(program, thread, phase, step, n_chunks):
+    """Make logits exact that may be within the margin of the highest."""
+    never_inline()
+    p = i64(program)
+    n_keep, matrix, n_out = p[P_N_KEEP], p[P_LM_HEAD], i64(p[P_LM_HEAD])[W_N_OUT]
+    # again, for a thread that came too late to make it for the phase before
+    x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        known = p[P_SCREEN] + chunk * S_SIZE * 4
+        for token in range(n_keep):
+            top = f32(p[P_SCREEN])[S_TOPS + token]
+            for other in range(n_chunks):
+                top = max(top, f32(p[P_SCREEN])[other * S_SIZE + S_TOPS + token])
+            f32(known)[S_LIMITS + token] = top - float_of_bits(int32(p[P_MARGIN]))
+        bounds = known + S_LIMITS * 4, known + S_WIDTHS * 4
+        begin, end = chunk * step, min(chunk * step + step, n_out)
+        call_screen(i64(matrix)[W_REFINE], (matrix, x, p[P_LOGITS], n_out, n_keep, begin, end, *bounds))
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
     return finish(program, thread, phase, LAP_LM_HEAD)
 

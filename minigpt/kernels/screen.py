@@ -1,0 +1,166 @@
+"""Logits of which only the highest are exact: four bits of every weight say which rows can be among them.
+
+Encodings of tables keep such a rough part of themselves: `int8_split` the upper halves of its codes, `f16_screened` and
+`f32_screened` a copy in 4 bits. `screen` multiplies by it, which reads a half, a quarter or an eighth of the matrix;
+`refine` then multiplies the rows that may matter in full. `reference.py` has the same in NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+from numba.core import cgutils
+
+from minigpt.kernels.elementwise import largest, nearest
+from minigpt.kernels.entry import HELP, entry, float32, instruction, int32, int64, void
+from minigpt.kernels.intrinsics import call_matmul, f32, i8, i16, i64, never_inline, square_root
+from minigpt.kernels.split import COLUMNS, constant
+from minigpt.kernels.target import BYTES, VECTOR
+from minigpt.kernels.vectors import (
+    F32,
+    I8,
+    I16,
+    I32,
+    ROWS,
+    accumulators,
+    advance,
+    load,
+    multiply_bytes,
+    multiply_pairs,
+    shuffle,
+    store,
+    sum_rows,
+    vector_of,
+    word,
+)
+from minigpt.layout import *
+
+TOGETHER = 256  # rows whose bounds are compared at once
+SIZE = 1 if BYTES else 2  # bytes of a rounded activation
+
+
+@instruction(void, *[int64] * 5)
+def dot_rough(b: Any, rough: Any, distance: Any, x: Any, n_blocks: Any, y: Any) -> None:
+    """y[row] = sum of 4-bit code * x over n times COLUMNS columns, for ROWS rows that are `distance` bytes apart."""
+    kind = vector_of(I8, VECTOR)
+    rows = []
+    for row in range(ROWS):
+        begin = advance(b, rough, distance, row)
+        totals = accumulators(b, vector_of(I32, VECTOR // 4), 2)
+        with cgutils.for_range(b, n_blocks) as loop:
+            for i in range(0, 64, VECTOR):
+                packed = load(b, advance(b, b.add(begin, b.mul(loop.index, word(64))), i), kind)
+                codes = b.and_(packed, constant(kind, 15)), b.lshr(packed, constant(kind, 4))
+                for part, total, column in zip(codes, totals, (i, 64 + i), strict=True):
+                    at = advance(b, advance(b, x, loop.index, SIZE * COLUMNS), column, SIZE)
+                    b.store(_multiply(b, part, at, b.load(total)), total)
+        rows.append(b.sitofp(b.add(*(b.load(total) for total in totals)), vector_of(F32, VECTOR // 4)))
+    store(b, sum_rows(b, rows), y)
+
+
+def _multiply(b: Any, codes: Any, x: Any, total: Any) -> Any:
+    """Add the products of a vector of 4-bit codes, one to a byte, and the activations at x to int32 lanes."""
+    if BYTES:
+        return multiply_bytes(b, codes, load(b, x, codes.type), total)
+    n = VECTOR // 2
+    for i in range(2):
+        part = b.zext(shuffle(b, codes, codes, [n * i + lane for lane in range(n)]), vector_of(I16, n))
+        total = b.add(total, multiply_pairs(b, part, load(b, advance(b, x, n * i, 2), part.type)))
+    return total
+
+
+@njit(**HELP)
+def round_activations(source, n_in, to):
+    """Round n floats to int8, or int16 where bytes are not multiplied; return scale, sum, and how wrong products are.
+
+    The third, times the step of a row's codes, is far more than its product can be wrong by: codes are off by 0.29
+    steps as a rule, one up where another is down, so that a product is off by 0.29 |x|, and 2 |x| is seven times as
+    much. The rounding of x adds its error times codes of 2.5 steps as a rule, 9 times 0.29.
+    """
+    never_inline()
+    padded, x = (n_in + COLUMNS - 1) // COLUMNS * COLUMNS, f32(source)
+    levels = float32(127) if BYTES else float32(min(32767, (2**31 - 1) // (15 * padded)))
+    scale = max(largest(source, n_in, True), float32(1e-9)) / levels
+    inverse, total, square, error = float32(1) / scale, int32(0), float32(0), float32(0)
+    for i in range(n_in):
+        code = nearest(x[i] * inverse)
+        if BYTES:
+            i8(to)[i] = code
+        else:
+            i16(to)[i] = code
+        total = int32(total + code)
+        off = x[i] - float32(code) * scale
+        square += x[i] * x[i]
+        error += off * off
+    for i in range(n_in * SIZE, padded * SIZE):
+        i8(to)[i] = 0
+    return scale, float32(total), float32(2) * (square_root(square) + float32(9) * square_root(error))
+
+
+def _add(name: str, part: int, step: float, middle: float) -> None:
+    """Register the entry points of an encoding with rough codes in a part, [n_out, n_in / 2], and scales in part 2.
+
+    A weight is about (code - middle) * step * scale of its row.
+    """
+
+    @entry(9, name=f"screen_{name}")
+    def screen(w, x, y, y_stride, n_tokens, row_begin, row_end, tops, widths):
+        """Write rough products to y, as `matmul` writes exact ones, which are within step * scale * width of the row.
+
+        Leaves the highest lower bound and the width of each token in `tops` and `widths`.
+        """
+        w, x = i64(w), i64(x)
+        n_in = w[W_N_IN]
+        n_blocks = (n_in + COLUMNS - 1) // COLUMNS
+        codes = x[X_PANEL]
+        bounds = codes + n_blocks * COLUMNS * 2
+        for token in range(n_tokens):
+            scale, total, width = round_activations(x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4, n_in, codes)
+            factor, width, top = float32(step) * scale, float32(step) * width, float32(-3e38)
+            for begin in range(row_begin, row_end, TOGETHER):
+                end = min(begin + TOGETHER, row_end)
+                for row in range(begin, end, ROWS):
+                    several = row + ROWS <= end  # fewer are done one by one, each ROWS times at once
+                    for r in range(row, row + 1 if several else end):
+                        to = y + (token * y_stride + r) * 4
+                        products = to if several else bounds
+                        distance = n_blocks * 64 if several else 0
+                        dot_rough(w[part] + r * n_blocks * 64, distance, codes, n_blocks, products)
+                        f32(to)[0] = f32(products)[0]
+                values, lowest = f32(y + (token * y_stride + begin) * 4), f32(bounds)
+                scales = f32(w[W_PART_2] + begin * 4)
+                for r in range(end - begin):
+                    values[r] = (values[r] - float32(middle) * total) * factor * scales[r]
+                    lowest[r] = values[r] - scales[r] * width
+                top = max(top, largest(bounds, end - begin, False))
+            f32(tops)[token], f32(widths)[token] = top, width
+
+    @entry(9, name=f"refine_{name}")
+    def refine(w, x, y, y_stride, n_tokens, row_begin, row_end, limits, widths):
+        """Make those products exact that may reach their token's limit; leave their number in `limits`."""
+        matrix, w = w, i64(w)
+        bounds = i64(x)[X_PANEL] + i64(x)[X_STRIDE] * 4
+        for token in range(n_tokens):
+            limit, width, count = f32(limits)[token], f32(widths)[token], 0
+            for begin in range(row_begin, row_end, TOGETHER):
+                n = min(TOGETHER, row_end - begin)
+                values, highest = f32(y + (token * y_stride + begin) * 4), f32(bounds)
+                scales = f32(w[W_PART_2] + begin * 4)
+                for r in range(n):
+                    highest[r] = values[r] + scales[r] * width
+                r = 0 if largest(bounds, n, False) >= limit else n
+                while r < n:
+                    first = r
+                    while r < n and highest[r] >= limit:
+                        r += 1
+                    if r > first:
+                        count += r - first
+                        call_matmul(w[W_MATMUL], (matrix, x, y, y_stride, n_tokens, begin + first, begin + r))
+                    r += 1
+            f32(limits)[token] = float32(count)
+
+
+_add("int8_split", W_PART_0, 16, 120.5 / 16)
+_add("f16_screened", W_PART_1, 1, 7.5)
+_add("f32_screened", W_PART_1, 1, 7.5)
