@@ -123,7 +123,8 @@ def generate(
     def read_on(active: Sequence[int]) -> Floats:
         """Return the logits [n_active, vocab] after the last tokens of the active, equally long sequences."""
         if cache.lengths[active[0]] < n_positions:
-            return model.forward([texts[s][-1] for s in active], cache, active, margin=margin)
+            sequences = None if n == 1 else active  # the only one goes without saying, which is quicker
+            return model.forward([texts[s][-1] for s in active], cache, sequences, margin=margin)
         for s in active:
             cache.truncate(keep_head, s)
         ids = [id for s in active for id in texts[s][-tail:]]

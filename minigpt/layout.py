@@ -107,6 +107,8 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_SIZE,
 ) = range(38)
 
+CHUNK_ROWS = 1024  # of a matrix in a chunk, at most, while tokens are few
+
 # What is known of a chunk of the head's rows while its logits are rough: for each token a float32
 S_TOPS = 0  # the highest of the lower bounds
 S_WIDTHS = 16  # an exact logit is within scale of its row * width

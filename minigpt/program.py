@@ -30,7 +30,7 @@ Floats = NDArray[np.float32]
 
 CHUNKS_PER_THREAD = 4  # of a matrix: few enough to cost nothing, enough for a slower thread to take fewer
 TILE, PANEL = 12, 32  # tokens and rows of a tile on the machine with the widest vectors: scratch must suffice there
-FEW, LEAST_ROWS = 6, 8  # the smallest tile, whose tokens no longer count as few, and half a panel's rows: anywhere
+FEW = 6  # tokens of a tile on other machines: so many no longer count as few
 LINE = 64  # bytes
 
 
@@ -61,6 +61,7 @@ class Program:
         self._describe_layers()
         self._describe_model()
         self._rough = self._room_for_bounds()
+        self._rough_address = 0 if self._rough is None else self._rough.ctypes.data
 
     def run(
         self, ids: Ids, positions: Ids, sequences: Ids, cache: KVCache, keep: Ids, margin: float | None = None
@@ -90,7 +91,7 @@ class Program:
                 self._allocate(n_tokens)
             if self._cache() is not cache:
                 self._point_to(cache)
-            tokens, fields = self._tokens, self._fields
+            tokens, fields = self._tokens, self._fields.data  # a memoryview: quicker to write single numbers to
             tokens[0, :n_tokens], tokens[1, :n_tokens], tokens[2, :n_tokens] = ids, positions, sequences
             tokens[3, :n_keep] = keep
             n_runs = 1
@@ -101,11 +102,11 @@ class Program:
             self._runs[n_runs] = n_tokens
             fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP] = n_tokens, n_keep
             fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = n_runs, logits.ctypes.data
-            fields[layout.P_SCREEN] = 0 if rough is None else rough.ctypes.data
+            fields[layout.P_SCREEN] = 0 if rough is None else self._rough_address
             fields[layout.P_MARGIN] = _bits(margin or 0.0)
             self.team.run(self._forward, self._address, alike=n_tokens == 1)
             if rough is not None:
-                n_exact = rough[:, layout.S_LIMITS :][:, :n_keep].sum()
+                n_exact = float(rough[:, layout.S_LIMITS : layout.S_LIMITS + n_keep].sum())
                 cache.note_exact(n_exact / logits.size)
         return logits
 
@@ -123,13 +124,10 @@ class Program:
                 self._fill(P_LAPS=0)
 
     def _room_for_bounds(self) -> Floats | None:
-        """Return memory for what is known of rough logits if the head's encoding has any: [chunks of rows, S_SIZE]."""
+        """Return memory for what is known of rough logits, if the head's encoding has any: [chunks of rows, S_SIZE]."""
         weight, record = self._matrices[id(self._weights["lm_head.weight"])]
-        return (
-            np.zeros((-(-weight.shape[0] // LEAST_ROWS), layout.S_SIZE), np.float32)
-            if record[layout.W_SCREEN]
-            else None
-        )
+        n_chunks = max(self._fields[layout.P_CHUNKS], -(-weight.shape[0] // layout.CHUNK_ROWS))
+        return np.zeros((n_chunks, layout.S_SIZE), np.float32) if record[layout.W_SCREEN] else None
 
     def _describe_model(self) -> None:
         """Fill in what stays the same from call to call."""

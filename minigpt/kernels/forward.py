@@ -99,7 +99,7 @@ def make_activation(p, x, source, gain, bias, matrix, token, many):
 def rows_of_chunk(p, matrix, n_tokens):
     """Return how many rows a chunk has: an even share for few tokens, a few panels at most for many."""
     share = (i64(matrix)[W_N_OUT] + p[P_CHUNKS] - 1) // p[P_CHUNKS]
-    return min((share + PANEL - 1) // PANEL * PANEL, 4 * PANEL if n_tokens >= TILE else 1024)
+    return min((share + PANEL - 1) // PANEL * PANEL, 4 * PANEL if n_tokens >= TILE else CHUNK_ROWS)
 
 
 @njit(**HELP)
