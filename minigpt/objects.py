@@ -49,7 +49,7 @@ def is_stored(name: str) -> bool:
     return False
 
 
-def store(name: str, n_arguments: int, module: str, symbol: str, cpu: str, features: str) -> tuple[int, int]:
+def store(name: str, n_arguments: int, module: str, symbol: str, *target: str) -> tuple[int, int]:
     """Turn the LLVM module of a compiled kernel into an object, keep it if a folder can be written, and load it.
 
     Parameters
@@ -62,15 +62,15 @@ def store(name: str, n_arguments: int, module: str, symbol: str, cpu: str, featu
         Optimized LLVM IR.
     symbol : str
         Of the function in the module that is the kernel.
-    cpu, features : str
-        What to generate code for, in LLVM's words.
+    *target : str
+        What to generate code for: triple, processor and features, in LLVM's words.
 
     Returns
     -------
     tuple of int
         The address and the number of arguments of the kernel.
     """
-    code = bytes([n_arguments]) + _emit(closed(module), symbol, cpu, features)
+    code = bytes([n_arguments]) + bytes(machine(*target).emit_object(exporting(module, symbol, SYMBOL)))
     with contextlib.suppress(OSError, RuntimeError):  # a read-only device compiles in every process
         folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code
         with tempfile.NamedTemporaryFile(dir=folder(), delete=False) as file:
@@ -88,7 +88,11 @@ def folder() -> Path:
     parts = [source.read_bytes() for source in SOURCES]
     parts += [version(package).encode() for package in ("minigpt", "numba", "llvmlite")]
     parts += [sys.platform.encode(), binding.get_host_cpu_name().encode(), _host_features().encode()]
-    parts += [f"{key}={value}".encode() for key, value in sorted(os.environ.items()) if key.startswith("NUMBA_")]
+    parts += [
+        f"{key}={value}".encode()
+        for key, value in sorted(os.environ.items())
+        if key.startswith(("NUMBA_", "MINIGPT_TARGET"))
+    ]
     return Path(home, "minigpt", hashlib.sha256(b"\0".join(parts)).hexdigest()[:24])
 
 
@@ -107,28 +111,29 @@ def _host_features() -> str:
         return ""
 
 
-def _emit(module: str, symbol: str, cpu: str, features: str) -> bytes:
+def exporting(module: str, symbol: str, name: str) -> Any:
+    """Return the closed module, parsed, whose one visible name is that of the function which was called `symbol`."""
     from llvmlite import binding
 
-    parsed = binding.parse_assembly(module)
+    parsed = binding.parse_assembly(closed(module))
     for function in parsed.functions:
         if function.name == symbol:
-            function.name = SYMBOL
+            function.name = name
         elif not function.is_declaration:
             function.linkage = "internal"
     for variable in parsed.global_variables:
         variable.linkage = "internal"
     parsed.verify()
-    return bytes(machine(cpu, features).emit_object(parsed))
+    return parsed
 
 
-def machine(cpu: str = "", features: str = "") -> Any:
-    """Return LLVM's code generator for a processor."""
+def machine(triple: str = "", cpu: str = "", features: str = "") -> Any:
+    """Return LLVM's code generator for a processor like this one."""
     from llvmlite import binding
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    target = binding.Target.from_triple(binding.get_process_triple())
+    target = binding.Target.from_triple(triple or binding.get_process_triple())
     return target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault", jit=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,21 @@ def test_both_backends_agree(encoding, monkeypatch):
     monkeypatch.setattr(ops, "backend", lambda: "numpy")
     monkeypatch.setattr(ops, "kernel", lambda name: None)
     np.testing.assert_allclose(compiled, minigpt.MiniGPT(checkpoint).logits(ids), atol=1e-4)
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="needs numba")
+def test_a_processor_without_wide_vectors(tmp_path):
+    code = """
+import test_program
+from minigpt import kernels
+assert kernels.VECTOR == 16 and not kernels.BYTES
+for encoding in ("int8", "int4", "f16", "bitmap_int8"):
+    test_program.test_forward_equals_numpy(encoding, 2)
+print("equal")
+"""
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    found = run("-c", code, MINIGPT_CACHE_DIR=str(tmp_path), **generic)
+    assert (found.returncode, found.stdout) == (0, "equal\n"), found.stderr
 
 
 CACHELESS = """

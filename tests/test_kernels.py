@@ -212,8 +212,9 @@ from llvmlite import binding
 from minigpt import kernels, objects
 assert kernels.VECTOR == 16 and not kernels.BYTES
 for name in ("matmul_int8", "matmul_f16", "matmul_int4"):
-    _, module, _, cpu, features = kernels.compile_entry(name)
-    text = objects.machine(cpu, features).emit_assembly(binding.parse_assembly(module))
+    _, module, _, *target = kernels.compile_entry(name)
+    text = objects.machine(*target).emit_assembly(binding.parse_assembly(module))
+    assert not re.search("%[yz]mm", text)
     print(*re.findall(r"(?:call|jmp)q?[ \\t]+(\\w+)@PLT|movabsq[ \\t]+[$](\\w+)", text))
 """
     calls = " ".join(run_python(code, tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))

@@ -9,7 +9,7 @@ from typing import Any
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from minigpt.kernels.target import CPU, FEATURES
+from minigpt.kernels.target import CPU, FEATURES, TRIPLE
 
 # Reductions may be reordered and multiply-adds fused; NaN and infinity keep their meaning. Division by zero gives
 # infinity: numba's default would raise, and its check keeps loops from being vectorized.
@@ -44,11 +44,11 @@ def add_encoding(name: str, matmul: Callable[..., Any], rows: Callable[..., Any]
     entry(3, name=f"rows_{name}")(rows)
 
 
-def compile_entry(name: str) -> tuple[int, str, str, str, str]:
-    """Compile an entry point: its number of arguments, LLVM module and symbol, and the processor it is meant for."""
+def compile_entry(name: str) -> tuple[int, str, str, str, str, str]:
+    """Compile an entry point: number of arguments, LLVM module, symbol; triple, processor, features it is meant for."""
     signature, function = ENTRIES[name]
     compiled = cfunc(signature, **FAST)(function)
-    return len(signature.args), compiled.inspect_llvm(), compiled.native_name, CPU, FEATURES
+    return len(signature.args), compiled.inspect_llvm(), compiled.native_name, TRIPLE, CPU, FEATURES
 
 
 def instruction(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -20,12 +20,12 @@ from minigpt.kernels.vectors import (
     I32,
     ROWS,
     accumulators,
+    add_pairs,
     advance,
     broadcast,
     load,
     multiply_add,
     multiply_bytes,
-    multiply_pairs,
     prefetch,
     shuffle,
     store,
@@ -54,7 +54,7 @@ def _multiply_nibbles(b: Any, packed: Any, x: list[Any]) -> Any:
         return multiply_bytes(b, high, x[3], multiply_bytes(b, low, x[2], total))
     for i, values in enumerate(x):  # a nibble of each word
         nibbles = b.and_(shifted(4 * i), constant(words, 15))
-        total = b.add(total, multiply_pairs(b, nibbles, b.bitcast(values, words)))
+        total = add_pairs(b, nibbles, b.bitcast(values, words), total)
     return total
 
 

@@ -20,11 +20,11 @@ from minigpt.kernels.vectors import (
     I16,
     I32,
     accumulators,
+    add_pairs,
     advance,
     broadcast,
     load,
     multiply_add,
-    multiply_pairs,
     sum_lanes,
     vector_of,
     widen_half,
@@ -44,8 +44,8 @@ def dot_product(b: Any, w: Any, x: Any, n: Any, place: Callable[[Any], Any], unr
 
     def step(start: Any, total: Any) -> None:
         codes = b.sext(load(b, b.add(w, start), vector_of(I8, WIDTH)), vector_of(I16, WIDTH))
-        pairs = multiply_pairs(b, codes, load(b, advance(b, x, place(start), 2), codes.type))
-        b.store(b.add(b.load(total), pairs), total)
+        activations = load(b, advance(b, x, place(start), 2), codes.type)
+        b.store(add_pairs(b, codes, activations, b.load(total)), total)
 
     blocks = b.udiv(n, word(WIDTH * unrolled))
     with cgutils.for_range(b, blocks) as loop:
@@ -151,7 +151,7 @@ def _dot_groups(group: int) -> Any:
             for i in range(0, group, WIDTH):
                 start = advance(b, b.mul(loop.index, word(group)), i)
                 codes = b.sext(load(b, b.add(w, start), vector_of(I8, WIDTH)), vector_of(I16, WIDTH))
-                products = b.add(products, multiply_pairs(b, codes, load(b, advance(b, x, start, 2), codes.type)))
+                products = add_pairs(b, codes, load(b, advance(b, x, start, 2), codes.type), products)
             products = b.sitofp(products, vector_of(F32, WIDTH // 2))
             scale = widen_half(b, load(b, advance(b, scales, loop.index, 2), I16))
             b.store(multiply_add(b, products, broadcast(b, scale, products.type), b.load(total)), total)

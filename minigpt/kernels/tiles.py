@@ -14,19 +14,20 @@ from numba.core import cgutils
 
 from minigpt.kernels.entry import HELP, INLINE, float32, instruction, int64, void
 from minigpt.kernels.intrinsics import f32, i8, i16, i32, i64, never_inline, u8
-from minigpt.kernels.target import BYTES, GROUP, LANES, PANEL, TILE, VECTOR
+from minigpt.kernels.target import BYTES, GROUP, LANES, PANEL, TILE, VECTOR, X86
 from minigpt.kernels.vectors import (
     F32,
     I8,
     I16,
     I32,
     accumulators,
+    add_pairs,
     advance,
     broadcast,
+    in_pairs,
     load,
     multiply_add,
     multiply_bytes,
-    multiply_pairs,
     shuffle,
     store,
     vector_of,
@@ -96,7 +97,7 @@ def _tile(unit: Any, line: Any, multiply: Callable[..., Any]) -> Any:
 
 
 tile_f32 = _tile(F32, vector_of(F32, LANES), multiply_add)
-tile_i16 = _tile(I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: b.add(total, multiply_pairs(b, w, x)))
+tile_i16 = _tile(I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: add_pairs(b, w, in_pairs(b, x), total))
 
 
 @instruction(void, *[int64] * 8)
@@ -252,7 +253,7 @@ def _pack(unit: Any, widen: Callable[[Any, Any], Any]) -> Any:
 
 
 def _widen_codes(b: Any, pairs: Any) -> Any:
-    return b.sext(b.bitcast(pairs, vector_of(I8, 2 * LANES)), vector_of(I16, 2 * LANES))
+    return b.sext(in_pairs(b, b.bitcast(pairs, vector_of(I8, 2 * LANES))), vector_of(I16, 2 * LANES))
 
 
 pack_squares_i8 = _pack(I16, _widen_codes)  # a unit is two int8, which become two int16
@@ -278,7 +279,10 @@ def pack_bytes(codes, row_bytes, n_in, n_rows, panel):
 
 @njit(**HELP)
 def pack_pairs(codes, row_bytes, n_in, n_rows, panel):
-    """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16."""
+    """Spread rows over lanes: panel[pair, row] = (codes[row, 2 pair], codes[row, 2 pair + 1]) as int16.
+
+    The two stand side by side, or where `in_pairs` puts them.
+    """
     never_inline()
     n_pairs, done = n_in // 2, 0
     if n_rows == PANEL:
@@ -287,7 +291,8 @@ def pack_pairs(codes, row_bytes, n_in, n_rows, panel):
     panel = i16(panel)
     for r in range(n_rows):
         source = i8(codes + r * row_bytes)
+        first, second = (2 * r, 2 * r + 1) if X86 else (r + r // LANES * LANES, r + r // LANES * LANES + LANES)
         for i in range(2 * done, n_in):
-            panel[(i // 2 * PANEL + r) * 2 + i % 2] = source[i]
+            panel[i // 2 * 2 * PANEL + (second if i % 2 else first)] = source[i]
         if n_in % 2:
-            panel[(n_pairs * PANEL + r) * 2 + 1] = 0
+            panel[n_pairs * 2 * PANEL + second] = 0

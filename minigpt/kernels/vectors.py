@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from minigpt.kernels.target import HALF_IN_HARDWARE
+from minigpt.kernels.target import HALF_IN_HARDWARE, X86
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -77,17 +77,27 @@ def widen_half(b: Any, bits: Any) -> Any:
     return b.bitcast(b.or_(b.bitcast(scaled, kind(I32)), sign), kind(F32))
 
 
-def multiply_pairs(b: Any, w: Any, x: Any) -> Any:
-    """Return w[2i] * x[2i] + w[2i + 1] * x[2i + 1], i16 to i32: the one pattern that LLVM turns into `pmaddwd`.
+def add_pairs(b: Any, w: Any, x: Any, total: Any) -> Any:
+    """Add products of int16 to int32 lanes, two to each, as cheaply as the processor can.
 
-    Added to an accumulator it becomes `vpdpwssd` where the CPU has it.
+    w[2i] * x[2i] + w[2i + 1] * x[2i + 1] is the one pattern that LLVM turns into `pmaddwd`, or `vpdpwssd` where the
+    CPU has it. Other processors multiply and add half a vector at a time (`smlal`): pairs are half a vector apart.
     """
     n = w.type.count
     wide = vector_of(I32, n)
-    products = b.mul(b.sext(w, wide), b.sext(x, wide))
-    even = shuffle(b, products, products, list(range(0, n, 2)))
-    odd = shuffle(b, products, products, list(range(1, n, 2)))
-    return b.add(even, odd)
+    if X86:
+        products = b.mul(b.sext(w, wide), b.sext(x, wide))
+        return b.add(total, b.add(*(shuffle(b, products, products, list(range(i, n, 2))) for i in (0, 1))))
+    for lanes in (list(range(n // 2)), list(range(n // 2, n))):
+        products = b.mul(*(b.sext(shuffle(b, v, v, lanes), total.type) for v in (w, x)))
+        total = b.add(total, products)
+    return total
+
+
+def in_pairs(b: Any, vector: Any) -> Any:
+    """Put the neighbours of a vector where `add_pairs` takes them as a pair."""
+    n = vector.type.count
+    return vector if X86 else shuffle(b, vector, vector, [*range(0, n, 2), *range(1, n, 2)])
 
 
 def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
