@@ -1,6 +1,6 @@
-"""Reads `.safetensors` files with NumPy alone: a validated header over mapped arrays, made float32 on demand.
+"""Reads and writes `.safetensors` files with NumPy alone: a validated header over mapped arrays, float32 on demand.
 
-BF16 has no NumPy dtype: its 16 bits are the upper half of a float32. Nothing here writes.
+BF16 has no NumPy dtype: its 16 bits are the upper half of a float32. It is read, never written.
 Layout: https://github.com/huggingface/safetensors#format
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,23 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         raise ConversionError(f"cannot read {path.name}: {error.strerror}; check the path") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path.name} is no intact safetensors file ({error!r}); copy it again") from None
+
+
+def write_safetensors(
+    path: Path, dtype: str, shapes: dict[str, tuple[int, ...]], values: Iterable[NDArray[Any]]
+) -> None:
+    """Write tensors of one dtype, F32 or F16, whose values come one by one in the order of the shapes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * FLOATS[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in values:
+            file.write(np.ascontiguousarray(array, FLOATS[dtype]).data)
 
 
 def strip(name: str, wrappers: set[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.checkpoint import Checkpoint, Config
+from minigpt.converters._safetensors import write_safetensors
 from minigpt.converters.huggingface import CONV1D, HEAD
 from minigpt.errors import ConversionError
 from minigpt.tokenizer import Tokenizer
@@ -104,15 +106,19 @@ def huggingface_config(config: Config, tied: bool, dtype: str) -> dict[str, Any]
 
 
 def _save_weights(checkpoint: Checkpoint, path: Path, dtype: str) -> None:
-    from safetensors.numpy import save_file
+    weights = {
+        name if name == HEAD else f"transformer.{name}": weight
+        for name, weight in checkpoint.weights.items()
+        if name != HEAD or not checkpoint.tied
+    }
+    turned = {name for name in weights if CONV1D.fullmatch(name.removeprefix("transformer."))}
 
-    tensors: dict[str, NDArray[np.floating]] = {}
-    for name, weight in checkpoint.weights.items():
-        if name == HEAD and checkpoint.tied:
-            continue
-        w = weight.decode()
-        if np.abs(w).max(initial=0) > np.finfo(DTYPES[dtype]).max:
-            raise ConversionError(f"tensor {name} holds values beyond {dtype}; export it as f32")
-        w = w.T if CONV1D.fullmatch(name) else w
-        tensors[name if name == HEAD else f"transformer.{name}"] = np.ascontiguousarray(w, DTYPES[dtype])
-    save_file(tensors, path, {"format": "pt"})
+    def values() -> Iterator[NDArray[np.floating]]:
+        for name, weight in weights.items():
+            w = weight.decode()
+            if np.abs(w).max(initial=0) > np.finfo(DTYPES[dtype]).max:
+                raise ConversionError(f"tensor {name} holds values beyond {dtype}; export it as f32")
+            yield w.T if name in turned else w
+
+    shapes = {name: weight.shape[::-1] if name in turned else weight.shape for name, weight in weights.items()}
+    write_safetensors(path, dtype.upper(), shapes, values())

@@ -18,8 +18,6 @@ from minigpt.errors import ConversionError
 from minigpt.model import GPT2
 from minigpt.tokenizer import Tokenizer
 
-pytest.importorskip("safetensors")
-
 EVEN = {"n_head": (3, 3), "n_inner": (100, 100)}
 IDS = list(range(0, 260, 9))
 
@@ -46,6 +44,19 @@ def test_a_quantized_model_comes_back_as_what_it_computes(tmp_path):
     back = convert(tmp_path / "hf", tmp_path / "back.mgpt")
     logits = [np.concatenate(list(GPT2(c).logits(IDS))) for c in (original, back)]
     assert np.corrcoef(*map(np.ravel, logits))[0, 1] > 0.995
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_the_file_is_read_by_others(tmp_path, dtype):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    original = small_checkpoint(**EVEN)
+    export(original, tmp_path / "hf", dtype)
+    found = safetensors.load_file(tmp_path / "hf" / "model.safetensors")
+    name = "h.1.attn.c_attn.weight"
+    expected = original.weights[name].decode().T
+    assert found[f"transformer.{name}"].dtype.itemsize == int(dtype[1:]) // 8
+    np.testing.assert_allclose(found[f"transformer.{name}"], expected, rtol=1e-3)
+    assert "lm_head.weight" not in found
 
 
 def test_logits_equal_transformers(tmp_path):
