@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt import ops
-from minigpt.checkpoint import POSITIONS, Checkpoint, load
+from minigpt.checkpoint import POSITIONS, load
 from minigpt.encodings import Weight
 from minigpt.errors import MinigptError, OptionError
 from minigpt.model import GPT2
@@ -153,7 +153,7 @@ def benchmark(
     check("the number of tokens", n_tokens, 2, limit - first_prompt(limit) + 1)
     model = GPT2(checkpoint, n_threads, kv_cache, expand)
     threads = default_threads() if n_threads is None else n_threads
-    parts = bytes_per_token(checkpoint)
+    parts = bytes_per_token(model.weights)
     size = sum(parts.values())
 
     def one_round() -> tuple[float, ...]:
@@ -231,7 +231,7 @@ def some_ids(n: int, vocab_size: int) -> NDArray[np.int64]:
     return np.arange(1, n + 1, dtype=np.int64) * 2654435761 % vocab_size
 
 
-def bytes_per_token(checkpoint: Checkpoint) -> dict[str, int]:
+def bytes_per_token(weights: Mapping[str, Weight]) -> dict[str, int]:
     """Return the bytes of weights that decoding one token reads, by part of the network.
 
     The head counts with what finding the likeliest token reads, other tables with the one row that is looked up. Keys
@@ -239,7 +239,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> dict[str, int]:
     cache.
     """
     parts = {"attention": 0, "mlp": 0, "head": 0, "other": 0}
-    for name, weight in checkpoint.weights.items():
+    for name, weight in weights.items():
         part = next((p for p in ("attn", "mlp", "lm_head") if f"{p}." in name), "other")
         one_row = name in ("wte.weight", POSITIONS)
         n_bytes = weight.nbytes_first if name == "lm_head.weight" else weight.nbytes

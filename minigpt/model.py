@@ -45,10 +45,10 @@ class GPT2:
     ) -> None:
         self.config = checkpoint.config
         self.kv_cache = checked_kind(kv_cache)
-        self.weights = checkpoint.weights
         if n_threads is not None:
             checked_threads(n_threads, "n_threads")  # whichever backend: NumPy's threads are its own affair
         self._program = Program(checkpoint, n_threads, expand) if can_run(checkpoint) else None
+        self.weights = checkpoint.weights if self._program is None else self._program.weights
 
     def forward(
         self,

@@ -3,7 +3,8 @@
 The protocol. After a prompt, greedy tokens one by one; at the end of each part the calling thread looks at the clock
 (25 ns, some 20 times a layer), so that its parts add up to the whole. What it does while others finish theirs is
 waiting; what lies between two tokens is Python, the choice of the token included. Bytes are those of the weights as
-stored, and of keys and values in the middle of the run; over the time they are the bandwidth of all threads together.
+they are read, and of keys and values in the middle of the run; over the time they are the bandwidth of all threads
+together.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,18 @@ class Program:
         See `Team`.
     expand : bool
         Expand sparse matrices too, which have kernels: more memory, and the speed of dense ones.
+
+    Attributes
+    ----------
+    weights : mapping of str to Weight
+        What the kernels read: those of the checkpoint, or what they were expanded to.
     """
 
     def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, expand: bool = False) -> None:
         self.team = Team(n_threads)
-        self._expand = expand
-        self._config, self._weights = checkpoint.config, checkpoint.weights
+        self._config, self.weights = checkpoint.config, expanded(checkpoint.weights, expand)
         self._forward = _address("forward")
-        self._matrices: dict[int, tuple[Weight, NDArray[np.int64]]] = {}  # with descriptors, by identity
+        self._matrices: dict[int, NDArray[np.int64]] = {}  # descriptors, by identity of the weight
         self._layers = np.zeros((self._config.n_layer, layout.L_SIZE), np.int64)
         self._fields = np.zeros(layout.P_SIZE, np.int64)
         self._address: int = self._fields.ctypes.data
@@ -170,16 +174,15 @@ class Program:
             layer[layout.L_ATTN_SCALE] = _bits(self._config.attn_scale[i])
 
     def _vector(self, name: str) -> int:
-        (values,) = self._weights[name].parts.values()
+        (values,) = self.weights[name].parts.values()
         return values.ctypes.data
 
     def _matrix(self, name: str) -> int:
         """Return the address of a matrix's descriptor."""
-        weight = self._weights[name]
+        weight = self.weights[name]
         if id(weight) not in self._matrices:
-            plain = weight.expand() if _to_expand(weight.encoding, self._expand) else weight
-            self._matrices[id(weight)] = plain, describe(plain)
-        return self._matrices[id(weight)][1].ctypes.data
+            self._matrices[id(weight)] = describe(weight)
+        return self._matrices[id(weight)].ctypes.data
 
     def _fill(self, **fields: int) -> None:
         for name, value in fields.items():
@@ -268,6 +271,13 @@ def can_run(checkpoint: Checkpoint) -> bool:
     """Tell whether every matrix has an encoding with compiled kernels, or expands to one."""
     matrices = [weight.encoding for weight in checkpoint.weights.values() if len(weight.shape) == 2]
     return all(ops.has_kernel(f"matmul_{e.name}") or ops.has_kernel(f"matmul_{e.twin}") for e in matrices)
+
+
+def expanded(weights: Mapping[str, Weight], wanted: bool) -> dict[str, Weight]:
+    """Return the weights as the kernels take them; what was one object is one object again."""
+    matrices = {id(weight): weight for weight in weights.values() if len(weight.shape) == 2}
+    plain = {i: weight.expand() for i, weight in matrices.items() if _to_expand(weight.encoding, wanted)}
+    return {name: plain.get(id(weight), weight) for name, weight in weights.items()}
 
 
 def _to_expand(encoding: Encoding, wanted: bool) -> bool:

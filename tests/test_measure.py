@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import small_checkpoint
 
-from minigpt import measure
+from minigpt import measure, ops
 from minigpt.checkpoint import save
 from minigpt.errors import FormatError, MinigptError, OptionError
 from minigpt.model import GPT2
@@ -61,7 +61,7 @@ def test_some_ids_are_in_the_vocabulary_and_differ():
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_per_token(encoding, tied):
     checkpoint = small_checkpoint(encoding, tied=tied)
-    parts = measure.bytes_per_token(checkpoint)
+    parts = measure.bytes_per_token(checkpoint.weights)
     weights = checkpoint.weights
     assert parts["head"] == weights["lm_head.weight"].nbytes_first
     assert parts["mlp"] == sum(w.nbytes for name, w in weights.items() if ".mlp." in name)
@@ -70,6 +70,16 @@ def test_bytes_per_token(encoding, tied):
     rows = sum(-(-weights[name].nbytes // weights[name].shape[0]) for name in ("wte.weight", "wpe.weight"))
     assert parts["other"] == norms + rows
     assert sum(parts.values()) <= checkpoint.nbytes + rows
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="NumPy expands nothing")
+@pytest.mark.parametrize("sparse", ["bitmap_int8", "block_int8"])
+def test_an_expanded_model_reads_dense_matrices(sparse):
+    checkpoint = small_checkpoint(sparse)
+    read = [sum(measure.bytes_per_token(GPT2(checkpoint, expand=e).weights).values()) for e in (False, True)]
+    dense = small_checkpoint(checkpoint.weights["h.0.mlp.c_fc.weight"].encoding.twin)
+    assert read[0] == sum(measure.bytes_per_token(checkpoint.weights).values())
+    assert read[1] == sum(measure.bytes_per_token(dense.weights).values())
 
 
 def test_start_watches_every_stage(path):
