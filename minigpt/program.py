@@ -129,7 +129,8 @@ class Program:
 
     def _room_for_bounds(self) -> Floats | None:
         """Return memory for what is known of rough logits, if the head's encoding has any: [chunks of rows, S_SIZE]."""
-        weight, record = self._matrices[id(self._weights["lm_head.weight"])]
+        weight = self.weights["lm_head.weight"]
+        record = self._matrices[id(weight)]
         n_chunks = max(self._fields[layout.P_CHUNKS], -(-weight.shape[0] // layout.CHUNK_ROWS))
         return np.zeros((n_chunks, layout.S_SIZE), np.float32) if record[layout.W_SCREEN] else None
 

@@ -24,10 +24,10 @@ from minigpt.kernels.vectors import (
     I32,
     ROWS,
     accumulators,
+    add_pairs,
     advance,
     load,
     multiply_bytes,
-    multiply_pairs,
     shuffle,
     store,
     sum_rows,
@@ -66,7 +66,7 @@ def _multiply(b: Any, codes: Any, x: Any, total: Any) -> Any:
     n = VECTOR // 2
     for i in range(2):
         part = b.zext(shuffle(b, codes, codes, [n * i + lane for lane in range(n)]), vector_of(I16, n))
-        total = b.add(total, multiply_pairs(b, part, load(b, advance(b, x, n * i, 2), part.type)))
+        total = add_pairs(b, part, load(b, advance(b, x, n * i, 2), part.type), total)
     return total
 
 

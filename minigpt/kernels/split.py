@@ -22,9 +22,9 @@ from minigpt.kernels.vectors import (
     I16,
     I32,
     accumulators,
+    add_pairs,
     advance,
     load,
-    multiply_pairs,
     shuffle,
     store,
     sum_lanes,
@@ -73,8 +73,8 @@ def dot_split(b: Any, upper: Any, lower: Any, x: Any, n_blocks: Any) -> Any:
                 codes, column = both[j // 2], i + j // 2 * 64 + j % 2 * n
                 part = shuffle(b, codes, codes, [j % 2 * n + lane for lane in range(n)])
                 at = advance(b, advance(b, x, loop.index, 2 * COLUMNS), column, 2)
-                pairs = multiply_pairs(b, b.sext(part, vector_of(I16, n)), load(b, at, vector_of(I16, n)))
-                b.store(b.add(b.load(total), pairs), total)
+                codes, activations = b.sext(part, vector_of(I16, n)), load(b, at, vector_of(I16, n))
+                b.store(add_pairs(b, codes, activations, b.load(total)), total)
     first, *others = (b.load(total) for total in totals)
     return sum_lanes(b, reduce(b.add, others, first))
 
