@@ -129,10 +129,9 @@ class Program:
 
     def _room_for_bounds(self) -> Floats | None:
         """Return memory for what is known of rough logits, if the head's encoding has any: [chunks of rows, S_SIZE]."""
-        weight = self.weights["lm_head.weight"]
-        record = self._matrices[id(weight)]
-        n_chunks = max(self._fields[layout.P_CHUNKS], -(-weight.shape[0] // layout.CHUNK_ROWS))
-        return np.zeros((n_chunks, layout.S_SIZE), np.float32) if record[layout.W_SCREEN] else None
+        head = self.weights["lm_head.weight"]
+        n_chunks = max(self._fields[layout.P_CHUNKS], -(-head.shape[0] // layout.CHUNK_ROWS))
+        return np.zeros((n_chunks, layout.S_SIZE), np.float32) if head.encoding.first else None
 
     def _describe_model(self) -> None:
         """Fill in what stays the same from call to call."""
@@ -295,7 +294,7 @@ def describe(weight: Weight) -> NDArray[np.int64]:
     record[layout.W_MATMUL], record[layout.W_ROWS] = _address(f"matmul_{name}"), _address(f"rows_{name}")
     record[layout.W_N_OUT], record[layout.W_N_IN] = n_out, n_in
     record[layout.W_LEVELS] = activation_levels(n_in) if weight.encoding.activation == "i16" else 0
-    if ops.has_kernel(f"screen_{name}"):
+    if weight.encoding.first:
         record[layout.W_SCREEN], record[layout.W_REFINE] = _address(f"screen_{name}"), _address(f"refine_{name}")
     for i, part in enumerate(weight.encoding.part_dtypes):
         record[layout.W_PART_0 + i] = weight.parts[part].ctypes.data

@@ -121,3 +121,10 @@ def test_threads_from_the_environment(monkeypatch, value):
     monkeypatch.setenv("MINIGPT_NUM_THREADS", value)
     with pytest.raises(OptionError, match=rf"MINIGPT_NUM_THREADS .* 1\.\.256, not '{value}'"):
         minigpt.MiniGPT(small_checkpoint())
+
+
+def test_numba_computes_where_it_is_installed():
+    """Else kernels that cannot be imported would go unnoticed: plain NumPy stands in for them."""
+    pytest.importorskip("numba")
+    if os.environ.get("MINIGPT_BACKEND", "auto") == "auto":
+        assert ops.backend() == "numba"

@@ -19,7 +19,7 @@ import test_kernels
 import test_program
 from llvmlite import binding
 
-from minigpt import kernels
+from minigpt import image, kernels
 from minigpt.program import Program
 
 CROSS = Path(__file__).parent.parent / "benchmarks" / "cross.py"
@@ -164,3 +164,34 @@ def test_forward_on_aarch64(encoding, aarch64):
 @pytest.mark.parametrize("kind", test_program.KINDS)
 def test_caches_on_aarch64(kind, aarch64):
     test_program.test_every_kind_of_cache(kind, 16)
+
+
+def test_images_on_aarch64(folders, emulator, monkeypatch):
+    """Objects become images without a linker, but for those that call `memset`; code counts pages there."""
+    folder, printed = of_target(folders, "aarch64")
+    begin = 64
+    paths = [path for path in folder.iterdir() if not re.search(f"^{path.stem}: .*memset", printed, re.MULTILINE)]
+    images = {path.stem: image.flatten(path.read_bytes(), path.stem, begin) for path in paths}
+    wanted = [f"{kind}_{encoding}" for kind in ("rows", "matmul") for encoding in ("int8", "f16", "int4")]
+    run = [name for name in wanted if name in images]
+    assert len(run) >= 4
+    memory = {name: np.zeros(len(images[name][0]) + 2 * image.PAGE, np.uint8) for name in run}
+
+    def kernel(name):
+        if name not in memory:
+            return emulator.kernel(name)
+        code, entry = images[name]
+        page = -memory[name].ctypes.data % image.PAGE
+        memory[name][page + begin : page + begin + len(code)] = np.frombuffer(code, np.uint8)
+        address = memory[name].ctypes.data + page + entry
+        return ops.Kernel(name, address, lambda *arguments: emulator.call(address, *arguments))
+
+    monkeypatch.setattr(ops, "kernel", kernel)
+    monkeypatch.setattr(kernels, "BYTES", False)
+    monkeypatch.setattr(kernels, "TILE", 12)
+    for name in run:
+        kind, encoding = name.split("_")
+        if kind == "rows":
+            test_kernels.test_rows_equal_decode(encoding, 130)
+        else:
+            test_kernels.test_matmul_equals_numpy(encoding, 130)

@@ -59,8 +59,8 @@ def test_a_weight_is_off_by_half_a_step_at_most(encoding):
 
 @pytest.mark.parametrize("encoding", ["f32", "f16", "int8", "int4", "codebook8"])
 def test_the_head_counts_with_its_rough_part(encoding):
-    n_bytes = measure.bytes_per_token(small_checkpoint(encoding).weights)["head"]
-    table = small_checkpoint(encoding).weights["wte.weight"]
+    weights = small_checkpoint(encoding).weights
+    n_bytes, table = measure.bytes_per_token(weights)["head"], weights["wte.weight"]
     assert n_bytes == table.nbytes_first < table.nbytes / 1.9
 
 
