@@ -63,16 +63,16 @@ def matmul_of(few: Any, panel: Any) -> Callable[..., Any]:
 
 
 def _multiply_tile(b: Any, factors: Any, totals: Any, line: Any, multiply: Callable[..., Any]) -> None:
-    """Add PANEL rows of an unpacked matrix times TILE tokens to totals[token][half of the panel].
+    """Add PANEL rows of an unpacked matrix times some tokens to totals[token][half of the panel].
 
     Each of n steps takes one line of the panel (lane = row) and one word of each token, which is broadcast:
-    2 * TILE multiply-adds for 2 + TILE loads, and no sum across lanes at the end. A word is 4 bytes: a float32, two
-    int16 or four int8. Strides are in bytes.
+    2 multiply-adds a token for 2 loads and one a token, and no sum across lanes at the end. A word is 4 bytes: a
+    float32, two int16 or four int8. Strides are in bytes.
     """
     panel, panel_stride, x, x_stride, n = factors
     unit = b.load(totals[0][0]).type.element
     lanes = vector_of(unit, LANES)
-    tokens = [advance(b, x, x_stride, t) for t in range(TILE)]
+    tokens = [advance(b, x, x_stride, t) for t in range(len(totals))]
     with cgutils.for_range(b, n) as loop:
         at = b.add(panel, b.mul(loop.index, panel_stride))
         rows = [load(b, advance(b, at, VECTOR * i), line, 4) for i in range(2)]
@@ -102,19 +102,38 @@ tile_i16 = _tile(I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: add_pair
 
 @instruction(void, *[int64] * 8)
 def tile_i8(b: Any, panel: Any, x: Any, x_stride: Any, n: Any, scales: Any, excesses: Any, stride: Any, y: Any) -> None:
-    """Add a group of int8 activations to y, float32 [TILE, PANEL]: (uint8 w * x - excess) * scale, both per token."""
-    lanes, at = vector_of(I32, LANES), [b.mul(stride, word(t)) for t in range(TILE)]
-    totals = []
-    for t in range(TILE):
-        excess = b.sub(ir.Constant(I32, 0), load(b, b.add(excesses, at[t]), I32, 4))
-        totals.append([cgutils.alloca_once_value(b, broadcast(b, excess, lanes)) for _ in range(2)])
-    _multiply_tile(b, (panel, word(2 * VECTOR), x, x_stride, n), totals, vector_of(I8, 4 * LANES), multiply_bytes)
-    for t, halves in enumerate(totals):
-        scale = broadcast(b, load(b, b.add(scales, at[t]), F32, 4), vector_of(F32, LANES))
-        for i, total in enumerate(halves):
-            to = advance(b, y, (2 * t + i) * VECTOR)
-            before = load(b, to, scale.type, 4)
-            store(b, multiply_add(b, b.sitofp(b.load(total), scale.type), scale, before), to)
+    """Write the products of int8 activations to y, float32 [TILE, PANEL].
+
+    The sum over groups of (uint8 w * x - excess) * scale, both per token, `stride` bytes from one to the next. Half of
+    the tokens at a time: their sums and those of the group fit the registers.
+    """
+    ints, floats, n_tokens, words = vector_of(I32, LANES), vector_of(F32, LANES), TILE // 2, word(GROUP // 4)
+    with cgutils.for_range(b, word(2)) as half:
+        first = b.mul(half.index, word(n_tokens))
+        tokens = [b.mul(stride, b.add(first, word(t))) for t in range(n_tokens)]
+        sums, totals = ([accumulators(b, kind, 2) for _ in tokens] for kind in (floats, ints))
+        for pair in sums:
+            for total in pair:
+                b.store(ir.Constant(floats, None), total)
+        with cgutils.for_range(b, b.udiv(b.add(n, word(GROUP // 4 - 1)), words)) as group:
+            begin, offset = b.mul(group.index, words), b.mul(group.index, word(4))
+            rest = b.sub(n, begin)
+            count = b.select(b.icmp_unsigned("<", rest, words), rest, words)
+            for token, pair in zip(tokens, totals, strict=True):
+                excess = b.sub(ir.Constant(I32, 0), load(b, b.add(b.add(excesses, token), offset), I32, 4))
+                for total in pair:
+                    b.store(broadcast(b, excess, ints), total)
+            source = advance(b, b.add(x, b.mul(x_stride, first)), begin, 4)
+            factors = advance(b, panel, begin, 2 * VECTOR), word(2 * VECTOR), source, x_stride, count
+            _multiply_tile(b, factors, totals, vector_of(I8, 4 * LANES), multiply_bytes)
+            for token, pair, token_sums in zip(tokens, totals, sums, strict=True):
+                scale = broadcast(b, load(b, b.add(b.add(scales, token), offset), F32, 4), floats)
+                for total, to in zip(pair, token_sums, strict=True):
+                    b.store(multiply_add(b, b.sitofp(b.load(total), floats), scale, b.load(to)), to)
+        at = advance(b, y, first, 2 * VECTOR)
+        for t, pair in enumerate(sums):
+            for i, total in enumerate(pair):
+                store(b, b.load(total), advance(b, at, (2 * t + i) * VECTOR))
 
 
 # All tokens, tile by tile
@@ -161,16 +180,11 @@ def multiply_i16(x, first, n_in):
 
 @njit(**INLINE)
 def multiply_i8(x, first, n_in):
-    """Fours of uint8 (128 too large) along n_in by int8, group by group."""
+    """Fours of uint8 (128 too large) along n_in by int8, in groups."""
     x = i64(x)
-    stride, totals = x[X_STRIDE], f32(x[X_TILE])
-    for i in range(TILE * PANEL):
-        totals[i] = 0
-    for start in range(0, n_in, GROUP):
-        n = (min(GROUP, n_in - start) + 3) // 4
-        panel, codes = x[X_PANEL] + start // 4 * 2 * VECTOR, x[X_CODES] + first * stride + start
-        group = (first * stride // 32 + start // GROUP) * 4
-        tile_i8(panel, codes, stride, n, x[X_GROUP_SCALES] + group, x[X_SUMS] + group, stride // 8, x[X_TILE])
+    stride, groups = x[X_STRIDE], first * x[X_STRIDE] // 32 * 4
+    scales, excesses, codes = x[X_GROUP_SCALES] + groups, x[X_SUMS] + groups, x[X_CODES] + first * stride
+    tile_i8(x[X_PANEL], codes, stride, (n_in + 3) // 4, scales, excesses, stride // 8, x[X_TILE])
 
 
 @njit(**INLINE)
