@@ -132,7 +132,7 @@ def softmax(x, n):
     return float32(1) / total
 
 
-@njit(**HELP)
+@njit(**EXACT)
 def quantize(x, token, n_in, levels):
     """Round a token's float activations to integers -levels..levels with one scale, and sum up each 32 of them."""
     never_inline()
@@ -160,18 +160,29 @@ def quantize_to_bytes(x, token, n_in):
     """Round a token's float activations to int8, each GROUP of them with a scale and a sum of its own."""
     never_inline()
     x = i64(x)
-    stride = x[X_STRIDE]
-    source, codes = x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4, i8(x[X_CODES] + token * stride)
-    first = token * stride // 32
-    for begin in range(0, n_in, GROUP):
-        n, group = min(GROUP, n_in - begin), first + begin // GROUP
-        scale = max(largest(source + begin * 4, n, True), float32(1e-9)) / float32(127)
-        inverse, total, values = float32(1) / scale, int32(0), f32(source)
-        for i in range(begin, begin + n):
-            code = nearest(values[i] * inverse)
-            codes[i] = code
-            total = int32(total + code)
-        f32(x[X_GROUP_SCALES])[group] = scale
-        i32(x[X_SUMS])[group] = int32(total * int32(128))
-    for i in range(n_in, (n_in + 63) // 64 * 64):
-        codes[i] = 0
+    source, codes = x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4, x[X_CODES] + token * x[X_STRIDE]
+    first = token * x[X_STRIDE] // 32 * 4
+    scales, sums = x[X_GROUP_SCALES] + first, x[X_SUMS] + first
+    n_groups, rest = n_in // GROUP, n_in % GROUP
+    for i in range(n_groups):
+        round_group(source + i * GROUP * 4, GROUP, codes + i * GROUP, scales + i * 4, sums + i * 4)
+    if rest:
+        begin = n_groups * GROUP
+        round_group(source + begin * 4, rest, codes + begin, scales + n_groups * 4, sums + n_groups * 4)
+        for i in range(n_in, begin + GROUP):
+            i8(codes)[i] = 0
+
+
+@njit(**EXACT, forceinline=True)  # if sums could be reordered, LLVM would divide instead of multiplying by the inverse
+def round_group(source, n, codes, scale, total):
+    """Do n floats; in whole groups the compiler knows how many."""
+    top, sum_of_codes = int32(0), int32(0)
+    for i in range(n):
+        top = max(top, int32(i32(source)[i] & int32(0x7FFFFFFF)))
+    f32(scale)[0] = max(float_of_bits(top), float32(1e-9)) / float32(127)
+    inverse = float32(1) / f32(scale)[0]
+    for i in range(n):
+        code = nearest(f32(source)[i] * inverse)
+        i8(codes)[i] = code
+        sum_of_codes = int32(sum_of_codes + code)
+    i32(total)[0] = int32(sum_of_codes * int32(128))
