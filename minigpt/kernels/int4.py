@@ -37,7 +37,7 @@ from minigpt.kernels.vectors import (
 from minigpt.layout import *
 
 UNIT = VECTOR // 16  # groups of int4, 16 bytes each, that fill a vector
-AHEAD = 4096  # bytes: an int4 row is too short, and its three parts too many, for the processor to foresee
+AHEAD = 4096  # bytes beyond the next rows that are asked for: the processor does not foresee ROWS rows at a time
 
 
 def _multiply_nibbles(b: Any, packed: Any, x: list[Any]) -> Any:
@@ -80,49 +80,46 @@ def _dot_groups(group: int) -> Any:
         factor: Any,
         y: Any,
     ) -> None:
-        def step(row: Any, first: Any, count: int, total: Any, offset: Any) -> None:
-            """Do `count` times 32 columns."""
-            begin = b.add(first, b.mul(distance, row))
-            group = b.udiv(begin, word(share))
-            kind = vector_of(I16, count // share)
-            factors, lowest = (widen_half(b, load(b, advance(b, p, group, 2), kind)) for p in (scales, minimums))
-            lowest = shuffle(b, lowest, lowest, [i // share for i in range(count)])
-            lowest = multiply_add(b, lowest, load(b, advance(b, sums, first, 4), lowest.type), b.load(offset))
-            b.store(lowest, offset)
+        kind = vector_of(F32, 4 * UNIT)
+        totals = accumulators(b, kind, ROWS)
+        ahead = b.add(b.mul(distance, word(16 * ROWS)), word(AHEAD))
+
+        def add(total: Any, v: Any, w: Any) -> None:
+            """Add v * w, of few lanes perhaps, to a total."""
+            zeros, lanes = ir.Constant(v.type, None), [min(i, v.type.count) for i in range(kind.count)]
+            v, w = (shuffle(b, u, zeros, lanes) if v.type.count < kind.count else u for u in (v, w))
+            b.store(multiply_add(b, v, w, b.load(total)), total)
+
+        def step(first: Any, count: int) -> None:
+            """Do `count` times 32 columns of each row."""
+            begins = [b.add(first, b.mul(distance, word(row))) for row in range(ROWS)]
+            factors = []
+            for begin, total in zip(begins, totals, strict=True):
+                at, kind = b.udiv(begin, word(share)), vector_of(I16, count // share)
+                scale, lowest = (widen_half(b, load(b, advance(b, p, at, 2), kind)) for p in (scales, minimums))
+                factors.append(scale)
+                lowest = shuffle(b, lowest, lowest, [i // share for i in range(count)])
+                add(total, lowest, load(b, advance(b, sums, first, 4), lowest.type))
             unit = UNIT if count >= UNIT else 1
             kind = vector_of(I8, 16 * unit)
             for i in range(0, count, unit):
                 at = advance(b, advance(b, x, first, 64), 64 * i)
                 values = [load(b, advance(b, at, 16 * unit * part), kind) for part in range(4)]
-                address = advance(b, advance(b, codes, begin, 16), 16 * i)
-                prefetch(b, advance(b, address, AHEAD))
-                packed = load(b, address, kind)
-                products = b.sitofp(_multiply_nibbles(b, packed, values), vector_of(F32, 4 * unit))
-                scale = shuffle(b, factors, factors, [(i + j // 4) // share for j in range(4 * unit)])
-                b.store(multiply_add(b, products, scale, b.load(total)), total)
+                for begin, scale, total in zip(begins, factors, totals, strict=True):
+                    address = advance(b, advance(b, codes, begin, 16), 16 * i)
+                    prefetch(b, b.add(address, ahead))
+                    products = b.sitofp(_multiply_nibbles(b, load(b, address, kind), values), vector_of(F32, 4 * unit))
+                    add(total, products, shuffle(b, scale, scale, [(i + j // 4) // share for j in range(4 * unit)]))
 
-        # a vector at a time, then group by group
-        counts = sorted({max(UNIT, share), share}, reverse=True)
-        rows = {count: vector_of(F32, 4 * (UNIT if count >= UNIT else 1)) for count in counts}
-        memory = {count: cgutils.alloca_once(b, ir.ArrayType(kind, ROWS)) for count, kind in rows.items()}
-        with cgutils.for_range(b, word(ROWS)) as row:
-            done = word(0)
-            for count, kind in rows.items():
-                (total,), (offset,) = (accumulators(b, k, 1) for k in (kind, vector_of(F32, count)))
-                b.store(ir.Constant(kind, None), total)
-                b.store(ir.Constant(offset.type.pointee, None), offset)
-                steps = b.udiv(b.sub(n, done), word(count))
-                with cgutils.for_range(b, steps) as loop:
-                    step(row.index, b.add(done, b.mul(loop.index, word(count))), count, total, offset)
-                done = b.add(done, b.mul(steps, word(count)))
-                lowest = b.load(offset)
-                lanes = [min(i, count) for i in range(kind.count)]
-                lowest = shuffle(b, lowest, ir.Constant(lowest.type, None), lanes)
-                b.store(b.fadd(b.load(total), lowest), cgutils.gep_inbounds(b, memory[count], 0, row.index))
-        result = ir.Constant(vector_of(F32, ROWS), None)
-        for array in memory.values():
-            vectors = [b.load(cgutils.gep_inbounds(b, array, 0, i)) for i in range(ROWS)]
-            result = b.fadd(result, sum_rows(b, vectors))
+        for total in totals:
+            b.store(ir.Constant(kind, None), total)
+        done = word(0)
+        for count in sorted({max(2 * UNIT, share), max(UNIT, share), share}, reverse=True):
+            steps = b.udiv(b.sub(n, done), word(count))
+            with cgutils.for_range(b, steps) as loop:
+                step(b.add(done, b.mul(loop.index, word(count))), count)
+            done = b.add(done, b.mul(steps, word(count)))
+        result = sum_rows(b, [b.load(total) for total in totals])
         store(b, b.fmul(result, broadcast(b, factor, result.type)), y)
 
     return dot

@@ -44,11 +44,11 @@ def store(b: Any, value: Any, address: Any) -> None:
 
 
 def prefetch(b: Any, address: Any) -> None:
-    """Ask for a cache line; the address may be anywhere."""
+    """Ask for a cache line, in the L2 cache: more of them can be on their way than to the L1. Any address will do."""
     pointer = I8.as_pointer()
     function = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     hint = cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0")
-    b.call(hint, [b.inttoptr(address, pointer), *(ir.Constant(I32, v) for v in (0, 3, 1))])  # to read, keep, data
+    b.call(hint, [b.inttoptr(address, pointer), *(ir.Constant(I32, v) for v in (0, 2, 1))])  # to read, L2, data
 
 
 def shuffle(b: Any, a: Any, c: Any, lanes: list[int]) -> Any:
