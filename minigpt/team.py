@@ -8,6 +8,7 @@ job is, and how its work is shared out, is the kernel's business. Needs a compil
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -26,7 +27,7 @@ from minigpt.errors import OptionError
 
 WINDOW = 16  # jobs that are timed together to see whether sharing them out pays
 UNEVEN = 1.25  # times the quickest job of a window: a mean beyond it says that threads wait for their processors
-LONGEST = 16  # windows until that is asked again
+SHORTEST, LONGEST = 4, 32  # windows until that is asked again
 PATIENCE = 1000  # yields before a worker without a job sleeps: about half a millisecond on an idle processor
 MAX_THREADS = 256
 
@@ -114,23 +115,28 @@ def pace() -> Generator[bool, float, None]:
 
     Where other processes want the processors too, a thread that loses its own inside a chunk holds up the others for
     milliseconds. A window of jobs, some of which took far longer than the quickest, tells of that. The next window is
-    done alone, and what was quicker is kept for a while, each time for twice as long.
+    done alone, and what was quicker is kept for a while, each time for twice as long. Asking again costs a window at
+    most: it ends when that many jobs would be done alone.
     """
-    patience = 1
+    patience, alone = SHORTEST, [math.inf]
     while True:
-        shared = yield from _window(False)
-        if mean(shared) <= UNEVEN * min(shared):
-            patience = 1
-            continue
-        alone = yield from _window(True)
+        shared = yield from _window(False, WINDOW * mean(alone))
+        if len(shared) == WINDOW:
+            if mean(shared) <= UNEVEN * min(shared):
+                patience, alone = SHORTEST, [math.inf]
+                continue
+            alone = yield from _window(True)
         for _ in range(patience):
-            yield from _window(mean(alone) < mean(shared))
+            if mean(alone) < mean(shared):
+                alone = yield from _window(True)
+            else:
+                yield from _window(False)
         patience = min(2 * patience, LONGEST)
 
 
-def _window(alone: bool) -> Generator[bool, float, list[float]]:
+def _window(alone: bool, limit: float = math.inf) -> Generator[bool, float, list[float]]:
     times: list[float] = []
-    while len(times) < WINDOW:
+    while len(times) < WINDOW and sum(times) <= limit:
         times.append((yield alone))
     return times
 
