@@ -87,11 +87,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "context 256": ("context", {"n_positions": 256}),
     **{
         f"{criterion} {sparsity:.0%}".replace("%", " %"): prune(criterion, sparsity)
-        for criterion in ("magnitude", "wanda", "sparsegpt")
+        for criterion in ("magnitude", "wanda", "sparsegpt", "alps")
         for sparsity in (0.4, 0.5, 0.6)
     },
-    "sparsegpt 50 %, 32,768 tokens": prune("sparsegpt", 0.5, tokens=32768),
-    "sparsegpt 2:4": ("prune", {"pattern": "2:4"}),
+    "sparsegpt 50 %, 65,536 tokens": prune("sparsegpt", 0.5, tokens=65536),
+    "alps 50 %, 16,384 tokens": prune("alps", 0.5, tokens=16384),
+    "alps 50 %, 65,536 tokens": prune("alps", 0.5, tokens=65536),
+    "sparsegpt 2:4": prune("sparsegpt", 0.5, pattern="2:4"),
+    "alps 2:4": prune("alps", 0.5, pattern="2:4"),
     "int8": rounded("int8"),
     "int4, to nearest": rounded("int4"),
     "int4, AWQ": rounded("int4", fold="awq"),
@@ -104,7 +107,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "low rank, 75 %": ("lowrank", {"share": 0.75}),
     "low rank, 50 %": ("lowrank", {"share": 0.5}),
     "sparsegpt 40 % + int8": prune("sparsegpt", 0.4, encoding="sparse"),
-    "sparsegpt 2:4 + int4": ("prune", {"pattern": "2:4", "encoding": "nm_int4"}),
+    "sparsegpt 2:4 + int4": prune("sparsegpt", 0.5, pattern="2:4", encoding="nm_int4"),
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from conftest import small_checkpoint
 
 from minigpt.compress import Calibration, compress
 from minigpt.compress.calibration import Judge, residuals
-from minigpt.compress.heal import REFITS, Pair, Regression, common_basis, masked_solve, refit
+from minigpt.compress.heal import REFITS, SAMPLE, Pair, Regression, common_basis, masked_solve, refit
 from minigpt.compress.step import STEPS, updated
 from minigpt.encodings import encode
 
@@ -70,6 +72,21 @@ def test_zeros_stay_and_the_rest_is_the_best_there_is():
     for row, kept, target in zip(w, old != 0, yc.T, strict=True):
         expected = np.linalg.lstsq(xc[:, kept], target, rcond=None)[0]
         np.testing.assert_allclose(row[kept], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_infinite_ridge_fits_the_bias_only():
+    x, y = data()
+    old = RNG.normal(size=(4, 6)).astype(np.float32)
+    w, b = regression(x, y).solve(old, math.inf)
+    np.testing.assert_array_equal(w, old)
+    np.testing.assert_allclose(b, (y - x @ old.T).mean(axis=0), atol=1e-3)
+
+
+def test_a_sample_is_the_same_fit_of_fewer_outputs():
+    x, y = data(n_out=20)
+    sums, old = regression(x, y), RNG.normal(size=(20, 6)).astype(np.float32)
+    for some, each in zip(sums.sample().solve(old[::SAMPLE], 0.1), sums.solve(old, 0.1), strict=True):
+        np.testing.assert_allclose(some, each[::SAMPLE], rtol=1e-4, atol=1e-4)
 
 
 def test_the_error_is_that_of_the_map():

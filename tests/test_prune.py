@@ -11,7 +11,7 @@ from test_quantize import TEXT, error, exact_obs, logits, problem
 from minigpt.checkpoint import load, save
 from minigpt.compress import prune
 from minigpt.compress.calibration import Calibration
-from minigpt.compress.prune import CRITERIA, Pattern, Rule, allocate, lowest
+from minigpt.compress.prune import CRITERIA, SOLVING, Pattern, Rule, allocate, lowest
 from minigpt.compress.step import STEPS
 from minigpt.compress.sweep import damp, sweep
 from minigpt.compress.walk import Seen, by_linear
@@ -166,6 +166,26 @@ def test_sparsegpt_is_about_as_good_as_the_greedy_order_and_better_than_a_mask(s
     assert error(w, swept, gram) < error(w, masked, gram)
 
 
+def test_alternating_finds_nearly_the_best_of_all_masks():
+    found = best = 0.0
+    for seed in range(8):
+        w, gram = problem(4, 10, seed)
+        result, _ = Rule("alps", Pattern(), by_row=True, update=True).apply("", w, Inputs(gram), 0.5)
+        assert (np.count_nonzero(result, axis=1) == 5).all()
+        h = damp(gram).astype(np.float64)
+        for row, pruned in zip(w, result, strict=True):
+            found += (row - pruned) @ h @ (row - pruned)
+            best += min(least_error(row, h, list(kept)) for kept in combinations(range(10), 5))
+    assert best <= found * 1.001
+    assert found < 1.25 * best
+
+
+def least_error(row, h, kept):
+    values = np.zeros(len(row))
+    values[kept] = np.linalg.solve(h[np.ix_(kept, kept)], (h @ row)[kept])
+    return (row - values) @ h @ (row - values)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("update", [False, True])
@@ -194,7 +214,7 @@ def test_making_up_for_the_loss_lowers_the_error():
 def test_zeros_stay_zeros_and_count(criterion):
     w, gram = problem(16, 256, n=800)
     w[:, ::4] = 0
-    result, _ = Rule(criterion, Pattern(), update=criterion == "sparsegpt").apply("", w, Inputs(gram), 0.5)
+    result, _ = Rule(criterion, Pattern(), update=criterion in SOLVING).apply("", w, Inputs(gram), 0.5)
     assert (result[:, ::4] == 0).all()
     assert zeros(result) == pytest.approx(0.5, abs=0.02)
 
@@ -245,6 +265,16 @@ def test_seen_sums():
     np.testing.assert_allclose(found.covariance, np.cov(x.T, bias=True), atol=1e-2)
     np.testing.assert_allclose(found.target(w), w, atol=1e-3)
     np.testing.assert_allclose(found.bias(w), bias, atol=1e-2)
+
+
+def test_the_target_is_drawn_to_the_old_map_the_less_was_seen():
+    w = problem(4, 9)[0]
+    found, x, y = seen(w, np.zeros(4), gap=1.0)
+    centred = x - x.mean(axis=0)
+    h = centred.T @ centred / len(x)
+    h += 9 / 400 * np.trace(h) / 9 * np.eye(9)
+    gradient = (y - x @ w.T).T @ centred / len(x)
+    np.testing.assert_allclose(found.target(w), w + np.linalg.solve(h, gradient.T).T, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("pruned", [False, True])

@@ -7,7 +7,9 @@ out KL falls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -20,8 +22,11 @@ from minigpt.checkpoint import Checkpoint
 from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, tapped
 from minigpt.compress.step import Changes, Floats, updated
 
-RIDGES = (0.01, 0.1, 1.0)  # pulls towards the weights as they are, relative to the mean variance of an input
+RIDGES = (0.1, 1.0, math.inf)  # pulls towards the weights as they are, relative to an input's mean variance
+SAMPLE = 8  # every 8th output decides on the ridge of all
+GAIN_PULL = 0.01  # the same for gains, of which there are few
 SWEEPS = 12  # of conjugate gradients, at most
+TOLERANCE = 1e-5  # of the square of the residual, after which they end
 TINY = np.float32(1e-30)
 F = TypeVar("F", np.float32, np.float64)
 WRITERS = ("attn.c_proj", "mlp.c_proj")  # with which the halves of a block write into the stream
@@ -52,6 +57,12 @@ class Regression:
         """Count all that another one has counted."""
         self._count(other.n, other._x, other._y, other._xx, other._yx)
 
+    def sample(self) -> Regression:
+        """Return the sums for every SAMPLE-th output."""
+        some = copy(self)
+        some._y, some._yx = self._y[::SAMPLE], self._yx[::SAMPLE]
+        return some
+
     def _count(self, n: int, x: Floats, y: Floats, xx: Floats, yx: Floats) -> None:
         self.n += n
         for total, part in ((self._x, x), (self._y, y), (self._xx, xx), (self._yx, yx)):
@@ -65,7 +76,7 @@ class Regression:
         w : ndarray of shape (n_out, n_in), dtype=float32
             The map as it is.
         ridge : float
-            Pull towards it, relative to the mean variance of an input.
+            Pull towards it, relative to the mean variance of an input; at infinity w' is w.
 
         Returns
         -------
@@ -73,6 +84,8 @@ class Regression:
         b' : ndarray of shape (n_out,), dtype=float32
         """
         x, y = self._x / np.float32(self.n), self._y / np.float32(self.n)
+        if math.isinf(ridge):
+            return w, y - w @ x
         covariance = self._xx / np.float32(self.n) - np.outer(x, x)  # [n_in, n_in]
         gradient = self._yx / np.float32(self.n) - np.outer(y, x) - w @ covariance  # [n_out, n_in]
         pull = max(ridge * float(np.trace(covariance)) / len(x), 1e-12)
@@ -108,7 +121,7 @@ def masked_solve(a: NDArray[F], b: NDArray[F], mask: NDArray[np.bool_]) -> NDArr
         residual -= length[:, None] * step
         conditioned = residual / diagonal
         previous, size = size, np.einsum("oi,oi->o", residual, conditioned)
-        if (size <= 1e-12 * first).all():
+        if (size <= TOLERANCE * first).all():
             break
         direction = conditioned + (size / np.maximum(previous, TINY))[:, None] * direction
     return x
@@ -229,9 +242,10 @@ def outputs(place: Place) -> Changes:
         for sums, chosen in ((testing, tests), (fitting, ~tests)):
             sums.add(x[chosen].reshape(-1, x.shape[-1]), error[chosen].reshape(-1, error.shape[-1]))
     w = weight.decode()
-    ridge = RIDGES[-1]
+    ridge = RIDGES[1]
     if testing.n:
-        ridge = min(RIDGES, key=lambda r: testing.error(*fitting.solve(w, r)))
+        trial, test = fitting.sample(), testing.sample()
+        ridge = min(RIDGES, key=lambda r: test.error(*trial.solve(w[::SAMPLE], r)))
     fitting.merge(testing)
     w, b = fitting.solve(w, ridge)
     return {f"{place.writer}.weight": w, f"{place.writer}.bias": b}
@@ -249,7 +263,7 @@ def gains(place: Place) -> Changes:
         sums += [v.sum(axis=(0, 1), dtype=np.float64) for v in (x, y, x * x, x * y)]
     x_mean, y_mean, xx_mean, xy_mean = sums / n  # [n_embd] each
     variance = np.maximum(xx_mean - x_mean**2, 0)
-    pull = RIDGES[0] * variance.mean()
+    pull = GAIN_PULL * variance.mean()
     fitted = (xy_mean - x_mean * y_mean + pull * gain) / (variance + pull)
     return {f"{name}.weight": fitted, f"{name}.bias": y_mean - fitted * x_mean}
 
@@ -294,7 +308,7 @@ def heal(
     measured: dict[str, float],
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[Checkpoint, dict[str, float], list[str]]:
-    """Try the refits together or else one after the other, and keep what brings the held-out KL down.
+    """Try the refits together or else each by itself, and keep the first that brings the held-out KL down.
 
     Parameters
     ----------
@@ -316,7 +330,6 @@ def heal(
     kept : list of str
         Names in `REFITS`.
     """
-    kept: list[str] = []
     for names in (TOGETHER, *([name] for name in REFITS)):
         if not measured["kl"]:  # nothing to mend, as after a step that the reference takes too
             break
@@ -324,8 +337,5 @@ def heal(
         candidate = refit(checkpoint, pair, names)
         result = judge.measure(candidate)
         if result["kl"] < measured["kl"]:
-            checkpoint, measured = candidate, result
-            kept += names
-            if names is TOGETHER:
-                break
-    return checkpoint, measured, kept
+            return candidate, result, list(names)
+    return checkpoint, measured, []

@@ -75,7 +75,9 @@ CRITERIA: dict[str, Callable[[Floats, Inputs], Floats]] = {
     "random": random,
     "wanda": wanda,
     "sparsegpt": obs,
+    "alps": wanda,  # from where `alternate` begins
 }
+SOLVING = ("sparsegpt", "alps")  # decide while the other weights make up for those that go
 
 
 def imported(path: str | Path) -> dict[str, Floats]:
@@ -174,11 +176,53 @@ class Pattern:
         return Choice(self.m or BLOCK, lambda scores: self.keep(scores, sparsity))
 
 
+PENALTIES = (0.1, 0.3, 1.0)  # of a difference between the two solutions, relative to an input's variance
+ROUNDS = 10  # with each
+
+
+def alternate(w: Floats, covariance: Floats, keep: Callable[[Floats], Mask]) -> tuple[Floats, Mask]:
+    """Find out which weights to keep, and their values, by alternating directions (ADMM; ALPS, Meng et al. 2024).
+
+    One solution is dense and gives the products of w, the other has the pattern. They are drawn together, at first so
+    loosely that weights still change sides: a sweep decides on a column once and for all.
+
+    Parameters
+    ----------
+    w : ndarray of shape (n_out, n_in), dtype=float32
+        Its zeros stay.
+    covariance : ndarray of shape (n_in, n_in), dtype=float32
+        Of the inputs.
+    keep : callable
+        Scores [n_out, n_in] -> which to keep.
+
+    Returns
+    -------
+    values : ndarray of shape (n_out, n_in), dtype=float32
+    kept : ndarray of shape (n_out, n_in), dtype=bool
+    """
+    h = damp(covariance)
+    size = np.sqrt(np.diagonal(h))  # [n_in]
+    h /= np.outer(size, size)
+    alive, w = w != 0, w * size
+    goal, force = w @ h, np.zeros_like(w)
+    kept = alive & keep(np.square(w))
+    sparse = w * kept
+    for penalty in PENALTIES:
+        inverse = np.linalg.inv(damp(h, penalty))
+        for _ in range(ROUNDS):
+            dense = (goal - force + np.float32(penalty) * sparse) @ inverse
+            sparse = (dense + force / np.float32(penalty)) * alive
+            kept = alive & keep(np.square(sparse))
+            sparse *= kept
+            force += np.float32(penalty) * (dense - sparse)
+    return sparse / size, kept
+
+
 def polish(w: Floats, pruned: Floats, covariance: Floats, kept: Mask) -> Floats:
     """Return the best values of the weights that are kept: those whose products are nearest to those of w.
 
-    A sweep lets every column make up for the columns before it only. From there, conjugate gradients (as in ALPS, Meng
-    et al. 2024) find the least-squares solution inside the mask.
+    A sweep lets every column make up for the columns before it only, and `alternate` ends near the best. From there,
+    conjugate gradients find the least-squares solution inside the mask.
     """
     h = damp(covariance)
     change: Floats = masked_solve(h, np.asarray((w - pruned) @ h, np.float32), kept)
@@ -202,8 +246,8 @@ class Rule:
     by_row : bool
         Whether every row loses the same share, or only the matrix as a whole.
     update : bool
-        Whether the remaining weights make up for the loss, by a sweep; with the criterion "sparsegpt" the sweep
-        also decides what to remove as it goes.
+        Whether the remaining weights make up for the loss, by a sweep, which with the criterion "sparsegpt" also
+        decides what to remove as it goes, or with "alps" by `alternate`.
     polish : bool
         Whether the remaining weights are then brought to their best values, see `polish`.
     encoding : str or None
@@ -241,15 +285,20 @@ class Rule:
             result = np.where(self.pattern.keep(self.scores(name, w, inputs), sparsity, self.by_row), w, 0)
             return rounded(result, None, self.encoding) if self.encoding else (result, "")
         assert isinstance(inputs, Seen)
-        on_the_way = self.criterion == "sparsegpt"
         kept = w != 0
-        if not on_the_way:
+        if self.criterion not in SOLVING:
             kept &= self.pattern.keep(self.scores(name, w, inputs), sparsity, self.by_row)
         covariance, w = inputs.covariance, inputs.target(w)
-        swept = sweep(w, covariance, kept=kept, choice=self.pattern.choice(sparsity) if on_the_way else None)
-        result = polish(w, swept.w, covariance, swept.kept) if self.polish else swept.w
+        if self.criterion == "alps":
+            result, kept = alternate(w, covariance, lambda scores: self.pattern.keep(scores, sparsity, self.by_row))
+        else:
+            choice = self.pattern.choice(sparsity) if self.criterion == "sparsegpt" else None
+            swept = sweep(w, covariance, kept=kept, choice=choice)
+            result, kept = swept.w, swept.kept
+        if self.polish:
+            result = polish(w, result, covariance, kept)
         if on_grid is not None:
-            again = sweep(result, covariance, kept=swept.kept, encoding=on_grid, symmetric=True)
+            again = sweep(result, covariance, kept=kept, encoding=on_grid, symmetric=True)
             return compact(again.encoded(on_grid), str(self.encoding))
         return rounded(result, None, self.encoding) if self.encoding else (result, "")
 
@@ -309,7 +358,7 @@ def uneven(
     Scores are compared as they are or, measured, as shares of a matrix's KL: the squared scores of what it would lose
     add up to the KL (nats a token) that pruning this matrix alone costs.
     """
-    if rule.criterion == "sparsegpt":  # whose scores need grams of all matrices at once
+    if rule.criterion in SOLVING:  # whose scores need grams of all matrices at once
         rule = Rule("wanda", rule.pattern, rule.by_row)
     statistics: dict[str, Statistics] = {}
     if rule.criterion == "wanda" or measured:
@@ -347,7 +396,7 @@ def prune(
     calibration: Calibration | None,
     *,
     sparsity: float | None = None,
-    criterion: str = "sparsegpt",
+    criterion: str = "alps",
     pattern: str = "unstructured",
     scope: str | None = None,
     update: bool | None = None,
@@ -372,7 +421,7 @@ def prune(
     if not names:
         raise OptionError(f"no matrix of a block has a name like {only!r}; names are such as h.0.mlp.c_fc.weight")
     by_row = scope == "row" or (scope is None and criterion == "wanda")
-    update = criterion == "sparsegpt" if update is None else update
+    update = criterion in SOLVING if update is None else update
     rule = Rule(criterion, where, by_row, update, polish, encoding)
     shares = dict.fromkeys(names, sparsity)
     if scope in ("model", "sensitivity"):
@@ -386,7 +435,7 @@ def prune(
         chosen.update({name: why} if why else {})
         return {name: changed} | ({f"{linear}.bias": inputs.bias(dense(changed))} if update and inputs else {})
 
-    if update or criterion in ("wanda", "sparsegpt"):
+    if update or criterion in ("wanda", *SOLVING):
         grams = update or criterion == "sparsegpt"
         result = by_linear(checkpoint, required(calibration, f"the criterion {criterion}"), change, grams)
     else:

@@ -82,11 +82,14 @@ class Seen:
         return covariance
 
     def target(self, w: Floats) -> Floats:
-        """Return the matrix [n_out, n_in] that gives the reference's outputs best, zeros of a pruned w kept."""
+        """Return the matrix [n_out, n_in] that gives the reference's outputs best, zeros of a pruned w kept.
+
+        It is drawn to w as if n_in inputs had spoken for that: the less was seen, the less it is trusted.
+        """
         covariance = self.covariance
         means = [(v / self.n).astype(np.float32) for v in (self._y, self._x)]
         gradient: Floats = self._yx / np.float32(self.n) - np.outer(*means) - w @ covariance
-        h = damp(covariance)
+        h = damp(covariance, len(covariance) / self.n)
         kept = w != 0
         change = masked_solve(h, gradient, kept) if is_pruned(w) else np.linalg.solve(h, gradient.T).T
         target: Floats = (w + change).astype(np.float32)
