@@ -124,7 +124,7 @@ def storable(cut: Checkpoint) -> Checkpoint:
     """Return what would be shipped: what is still in f32 in the smallest form of its int8 codes."""
     trial = {name: w.expand() for name, w in cut.weights.items() if w.encoding.name == Int3.name}
     plan = quantize.assigned(cut, "sparse")
-    plan = {name: encoding for name, encoding in plan.items() if cut.weights[name].encoding.name == "f32"}
+    plan = {name: encoding for name, encoding in plan.items() if cut.weights[name].encoding.name.startswith("f32")}
     return quantize.requantize(updated(cut, trial), None, plan)
 
 
