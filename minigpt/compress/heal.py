@@ -7,7 +7,6 @@ out KL falls.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from minigpt.checkpoint import Checkpoint
 from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, tapped
 from minigpt.compress.step import Changes, Floats, updated
 
-RIDGES = (0.1, 1.0, math.inf)  # pulls towards the weights as they are, relative to an input's mean variance
+RIDGES = (0.01, 0.1, 1.0)  # pulls towards the weights as they are, relative to an input's mean variance
 SAMPLE = 8  # every 8th output decides on the ridge of all
 GAIN_PULL = 0.01  # the same for gains, of which there are few
 SWEEPS = 12  # of conjugate gradients, at most
@@ -76,7 +75,7 @@ class Regression:
         w : ndarray of shape (n_out, n_in), dtype=float32
             The map as it is.
         ridge : float
-            Pull towards it, relative to the mean variance of an input; at infinity w' is w.
+            Pull towards it, relative to the mean variance of an input.
 
         Returns
         -------
@@ -84,8 +83,6 @@ class Regression:
         b' : ndarray of shape (n_out,), dtype=float32
         """
         x, y = self._x / np.float32(self.n), self._y / np.float32(self.n)
-        if math.isinf(ridge):
-            return w, y - w @ x
         covariance = self._xx / np.float32(self.n) - np.outer(x, x)  # [n_in, n_in]
         gradient = self._yx / np.float32(self.n) - np.outer(y, x) - w @ covariance  # [n_out, n_in]
         pull = max(ridge * float(np.trace(covariance)) / len(x), 1e-12)
@@ -242,7 +239,7 @@ def outputs(place: Place) -> Changes:
         for sums, chosen in ((testing, tests), (fitting, ~tests)):
             sums.add(x[chosen].reshape(-1, x.shape[-1]), error[chosen].reshape(-1, error.shape[-1]))
     w = weight.decode()
-    ridge = RIDGES[1]
+    ridge = RIDGES[-1]
     if testing.n:
         trial, test = fitting.sample(), testing.sample()
         ridge = min(RIDGES, key=lambda r: test.error(*trial.solve(w[::SAMPLE], r)))
