@@ -138,7 +138,10 @@ def _add(name: str, part: int, step: float, middle: float) -> None:
 
     @entry(9, name=f"refine_{name}")
     def refine(w, x, y, y_stride, n_tokens, row_begin, row_end, limits, widths):
-        """Make those products exact that may reach their token's limit; leave their number in `limits`."""
+        """Make those products exact that may reach their token's limit; leave their number in `limits`.
+
+        The `matmul` of these encodings needs no scratch for few tokens: the bounds stay where they are.
+        """
         matrix, w = w, i64(w)
         bounds = i64(x)[X_PANEL] + i64(x)[X_STRIDE] * 4
         for token in range(n_tokens):
