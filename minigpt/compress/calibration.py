@@ -323,6 +323,11 @@ def collect(checkpoint: Checkpoint, calibration: Calibration, grams: bool = Fals
 def final_hidden(checkpoint: Checkpoint, windows: Ids) -> Floats:
     """Return what the head multiplies: [n_windows, window] -> [n_windows * window, n_embd]."""
     *_, x = residuals(checkpoint, windows)
+    return last_norm(checkpoint, x)
+
+
+def last_norm(checkpoint: Checkpoint, x: Floats) -> Floats:
+    """Apply the LayerNorm before the head to a stream: [n_windows, window, n_embd] -> [n_windows * window, n_embd]."""
     x = x.reshape(-1, x.shape[-1])
     return layers.layer_norm(checkpoint.weights, "ln_f", x, checkpoint.config.layer_norm_epsilon)
 
@@ -353,7 +358,7 @@ class Judge:
             log_q = self.expected(part)
             nll -= float(log_p[np.arange(len(log_p)), targets[part]].sum(dtype=np.float64))
             agreed += float((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
-            kl += float(np.einsum("nv,nv->n", np.exp(log_q), log_q - log_p).sum(dtype=np.float64))
+            kl += divergence(log_q, log_p)
         for weight in (head, self._head):
             weight.let_go()
         n = len(targets)
@@ -372,6 +377,11 @@ class Judge:
     def expected(self, part: slice) -> Floats:
         """Return the reference's log-probabilities: [n, vocab_size]."""
         return log_softmax(self._head.matmul(self._hidden[part]))
+
+
+def divergence(log_q: Floats, log_p: Floats) -> float:
+    """Return the KL of p from q, nats summed over tokens, of log-probabilities [n, vocab_size]."""
+    return float(np.einsum("nv,nv->n", np.exp(log_q), log_q - log_p).sum(dtype=np.float64))
 
 
 def n_bytes(vocabulary: Vocabulary, ids: Ids) -> int:
