@@ -7,6 +7,7 @@ a count, or the bits of a float32. Every name is the index of its field. Nothing
 from __future__ import annotations
 
 CENTRED = 64  # neighbouring positions whose keys are kept relative to the first of them
+COLUMNS = 128  # of a split matrix: byte j of so many has column j in its lower and column j + 64 in its upper half
 
 ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
 

@@ -86,7 +86,7 @@ class GPT2:
         ContextError
             If a sequence would become longer than `n_positions`; the cache is left as it was.
         """
-        tokens = np.asarray(ids, np.int64)
+        tokens = as_ids(ids)
         if tokens.ndim != 1 or not len(tokens):
             raise OptionError("forward needs at least one id, in one dimension")
         if int(tokens.view(np.uint64).max()) >= self.config.vocab_size:  # one pass: a negative id is huge
@@ -129,7 +129,7 @@ class GPT2:
 
     def logits(self, ids: ArrayLike) -> Iterator[Floats]:
         """Yield the logits of every token of one text, [n, vocab_size] for up to SHOWN tokens at a time."""
-        tokens = np.atleast_1d(np.asarray(ids, np.int64))
+        tokens = np.atleast_1d(as_ids(ids))
         cache = self.new_cache()
         for begin in range(0, len(tokens), SHOWN):
             chunk = tokens[begin : begin + SHOWN]
@@ -160,3 +160,14 @@ class GPT2:
         for i in range(self.config.n_layer):
             x = layers.block(self.weights, self.config, i, x, cache.k[i], cache.v[i], batch)
         return layers.head(self.weights, self.config, x[keep])  # [n_keep, vocab_size]
+
+
+def as_ids(ids: ArrayLike) -> Ids:
+    """Return token ids as an array; text and fractions are none."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # rows of different lengths
+        array = np.array(ids, object)
+    if array.size and array.dtype.kind not in "iu":
+        raise OptionError(f"token ids must be integers, not {str(ids)[:40]!r}; tokenize text first")
+    return array.astype(np.int64, copy=False)

@@ -103,6 +103,15 @@ def test_bad_input(checkpoint, ids, sequences, message):
         gpt2.forward(np.array(ids, int), KVCache(gpt2.config), sequences)
 
 
+@pytest.mark.parametrize("ids", ["text", ["a", "b"], [0.5, 1.0], [[1], [2, 3]], [True], None])
+def test_ids_are_integers(checkpoint, ids):
+    gpt2 = GPT2(checkpoint)
+    with pytest.raises(OptionError, match="must be integers"):
+        gpt2.forward(ids, gpt2.new_cache())
+    with pytest.raises(OptionError, match="must be integers"):
+        next(gpt2.logits(ids))
+
+
 def test_scattered_sequences_are_refused(checkpoint):
     gpt2 = GPT2(checkpoint)
     with pytest.raises(OptionError, match="next to each other"):

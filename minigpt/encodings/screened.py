@@ -18,8 +18,7 @@ from minigpt.encodings.f16 import F16
 from minigpt.encodings.f32 import F32
 from minigpt.encodings.grid import Grid, Mask, few_rows
 from minigpt.encodings.int8 import Int8
-
-COLUMNS = 128  # byte j of so many columns has column j in its lower and column j + 64 in its upper half
+from minigpt.layout import COLUMNS
 
 
 class Screened(Encoding):

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from minigpt.kernels.elementwise import largest, nearest
 from minigpt.kernels.entry import HELP, entry, float32, instruction, int32, int64, void
 from minigpt.kernels.intrinsics import call_matmul, f32, i8, i16, i64, never_inline, square_root
-from minigpt.kernels.split import COLUMNS, constant
+from minigpt.kernels.split import constant
 from minigpt.kernels.target import BYTES, VECTOR
 from minigpt.kernels.vectors import (
     F32,

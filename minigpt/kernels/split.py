@@ -33,8 +33,6 @@ from minigpt.kernels.vectors import (
 )
 from minigpt.layout import *
 
-COLUMNS = 128  # byte j of so many columns has column j below and column j + 64 above
-
 
 def constant(kind: Any, value: int) -> Any:
     """Return a vector of the same integer in all lanes."""
