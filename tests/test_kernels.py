@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -96,6 +97,21 @@ def test_matmul_equals_numpy(encoding, n_in):
         np.testing.assert_allclose(y[:, begin:n_out], expected[:, begin:], rtol=error, atol=error * np.sqrt(n_in))
         others = np.delete(y, range(begin, n_out), axis=1)  # rows of other threads
         assert (others == 7).all()
+
+
+@pytest.mark.parametrize("n_in", [33, 384])
+@pytest.mark.parametrize("encoding", COMPILED)
+def test_a_row_is_the_same_in_any_chunk(encoding, n_in):
+    rng, n_out = np.random.default_rng(n_in), 23
+    record = describe(w := matrix(encoding, n_out, n_in, rng))  # which must outlive its record
+    for n_tokens in range(1, kernels.TILE, 2):
+        memory, _ = activations(rng.normal(size=(n_tokens, n_in)).astype(np.float32), record[layout.W_LEVELS])
+        whole, pieces = np.zeros((2, n_tokens, w.shape[0]), np.float32)
+        for y, bounds in ((whole, [0, n_out]), (pieces, [0, 1, 3, 8, 14, n_out])):
+            for chunk in itertools.pairwise(bounds):
+                arguments = record.ctypes.data, memory.record.ctypes.data, y.ctypes.data, n_out, n_tokens, *chunk
+                ops.kernel(f"matmul_{encoding}").call(*arguments)
+        np.testing.assert_array_equal(pieces, whole)
 
 
 @pytest.mark.parametrize("encoding", COMPILED)
