@@ -59,9 +59,10 @@ def emit(name: str, machine: Any) -> bytes:
     from llvmlite import binding
 
     from minigpt import kernels, objects
+    from minigpt.kernels import target
 
     _, text, symbol, *_ = kernels.compile_entry(name)
-    text = re.sub("^target .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub("^target .*\n", "", text, flags=re.MULTILINE).replace(f"@{target.STAND_IN}", "@llvm.")
     layout = f'target datalayout = "{machine.target_data}"\ntarget triple = "{machine.triple}"\n'
     module = objects.exporting(layout + text, symbol, name)
     tuning = binding.create_pipeline_tuning_options(speed_level=3)

@@ -34,7 +34,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     X_CODES,  # int16 [n_tokens, X_STRIDE], zeros beyond n_in up to 128; the float is code * scale
     X_SCALES,  # float32 [n_tokens]
     X_GROUP_SCALES,  # float32 [n_tokens, X_STRIDE / 32]: if the codes of many tokens are int8, in groups
-    X_SUMS,  # float32 [n_tokens, X_STRIDE / 32]: sums of 32 codes; int32: 128 times the sums of groups of int8
+    X_SUMS,  # float32 [n_tokens, X_STRIDE / 32]: sums of 32 codes; int32: OFFSET times the sums of groups of int8
     X_STRIDE,  # a multiple of 128, n_in or more
     X_NORM,  # float32 [n_tokens, n_embd]: where this record's LayerNorm writes
     X_PANEL,  # the thread's scratch: 4 bytes [largest n_in, PANEL], a tile of the matrix unpacked

@@ -25,9 +25,12 @@ from minigpt.program import Program
 CROSS = Path(__file__).parent.parent / "benchmarks" / "cross.py"
 AARCH64 = "aarch64-unknown-linux-gnu"
 SOME = ["matmul_int8", "matmul_f16", "attend_f32", "run_team", "forward"]
+OF_BYTES = [f"{kind}_{name}" for kind in ("matmul", "rows") for name in ("int8", "int8_split", "int4", "bitmap_int8")]
+NETWORK = ["attend_f32", "matmul_f16", "rows_f16", "screen_int8_split", "refine_int8_split", "run_team", "forward"]
 TARGETS = {
     "aarch64": [AARCH64],
     "cortex-a53": [AARCH64, "--cpu=cortex-a53", "--kernels", *SOME],
+    "cortex-a76": [AARCH64, "--cpu=cortex-a76", "--features=+dotprod", "--kernels", *OF_BYTES, *NETWORK],
     "armv7": ["armv7-unknown-linux-gnueabihf", "--cpu=cortex-a7", "--features=+neon,+vfp4"],
     "riscv64": ["riscv64-unknown-linux-gnu", "--cpu=generic-rv64", "--features=+m,+a,+f,+d,+c,+v"],
 }
@@ -60,10 +63,10 @@ def of_target(folders, name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_for(name, folders):
     folder, printed = of_target(folders, name)
-    wanted = SOME if "--kernels" in TARGETS[name] else kernels.ENTRIES
-    assert {path.stem for path in folder.iterdir()} == set(wanted)
+    *_, wanted = " ".join(TARGETS[name]).partition(" --kernels ")
+    assert {path.stem for path in folder.iterdir()} == set(wanted.split() or kernels.ENTRIES)
     names = re.findall(r"refers to (.*)", printed)
-    assert len(names) == len(wanted)
+    assert len(names) == len(wanted.split() or kernels.ENTRIES)
     outside = {symbol for line in names if line != "nothing" for symbol in line.split(", ")}
     assert not [symbol for symbol in outside if not EXPECTED.fullmatch(symbol)]
 
@@ -92,9 +95,10 @@ PAGE, HOME, STACK = 4096, 0x1000, 1 << 20
 
 
 class Emulator:
-    """Kernels of another processor behind the interface of `ops.kernel`."""
+    """Kernels of another processor, one that unicorn knows, behind the interface of `ops.kernel`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processor: str) -> None:
+        self.processor = processor
         binding.initialize_all_asmprinters()
         machine = binding.Target.from_triple(AARCH64).create_target_machine(reloc="pic")
         memset = binding.parse_assembly(MEMSET)
@@ -113,7 +117,7 @@ class Emulator:
         from unicorn import arm64_const as arm
 
         processor = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
-        processor.ctl_set_cpu_model(arm.UC_CPU_ARM64_A53)  # the least that there is
+        processor.ctl_set_cpu_model(getattr(arm, f"UC_CPU_ARM64_{self.processor}"))
 
         def show(uc, access, address, size, value, data):
             page = address // PAGE * PAGE
@@ -133,16 +137,33 @@ class Emulator:
 def emulator(folders):
     pytest.importorskip("unicorn")
     folder, _ = of_target(folders, "aarch64")
-    return Emulator(folder)
+    return Emulator(folder, "A53")  # the least that there is
 
 
 @pytest.fixture
 def aarch64(emulator, monkeypatch):
     """Everything that asks for a kernel gets one of the emulated processor."""
-    monkeypatch.setattr(ops, "kernel", emulator.kernel)
+    replace_kernels(monkeypatch, emulator.kernel, BYTES=False)
+
+
+@pytest.fixture(scope="module")
+def multiplier(folders):
+    pytest.importorskip("unicorn")
+    folder, _ = of_target(folders, "cortex-a76")
+    return Emulator(folder, "MAX")
+
+
+@pytest.fixture
+def dotprod(multiplier, monkeypatch):
+    """The same of one that multiplies bytes four at a time."""
+    replace_kernels(monkeypatch, multiplier.kernel, BYTES=True, OFFSET=0)
+
+
+def replace_kernels(monkeypatch, kernel, **target):
+    monkeypatch.setattr(ops, "kernel", kernel)
     monkeypatch.setattr(test_program, "Program", lambda checkpoint, n_threads: Program(checkpoint, 1))
-    monkeypatch.setattr(kernels, "BYTES", False)
-    monkeypatch.setattr(kernels, "TILE", 12)
+    for name, value in {**target, "TILE": 12}.items():
+        monkeypatch.setattr(kernels, name, value)
 
 
 @pytest.mark.parametrize("n_in", [1, 16, 33, 130])
@@ -161,9 +182,21 @@ def test_forward_on_aarch64(encoding, aarch64):
     test_program.test_forward_equals_numpy(encoding, 1)
 
 
+@pytest.mark.parametrize("head_dim", [16, 20])
 @pytest.mark.parametrize("kind", test_program.KINDS)
-def test_caches_on_aarch64(kind, aarch64):
-    test_program.test_every_kind_of_cache(kind, 16)
+def test_caches_on_aarch64(kind, head_dim, aarch64):
+    test_program.test_every_kind_of_cache(kind, head_dim)
+
+
+@pytest.mark.parametrize("n_in", [1, 33, 130])
+@pytest.mark.parametrize("encoding", ["int8", "int8_split", "int4", "bitmap_int8"])
+def test_matmul_of_bytes(encoding, n_in, dotprod):
+    test_kernels.test_matmul_equals_numpy(encoding, n_in)
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_forward_of_bytes(encoding, dotprod):
+    test_program.test_forward_equals_numpy(encoding, 1)
 
 
 def test_images_on_aarch64(folders, emulator, monkeypatch):
@@ -186,9 +219,7 @@ def test_images_on_aarch64(folders, emulator, monkeypatch):
         address = memory[name].ctypes.data + page + entry
         return ops.Kernel(name, address, lambda *arguments: emulator.call(address, *arguments))
 
-    monkeypatch.setattr(ops, "kernel", kernel)
-    monkeypatch.setattr(kernels, "BYTES", False)
-    monkeypatch.setattr(kernels, "TILE", 12)
+    replace_kernels(monkeypatch, kernel, BYTES=False)
     for name in run:
         kind, encoding = name.split("_")
         if kind == "rows":

@@ -66,7 +66,7 @@ def activations(x, levels):
         memory._codes.view(np.int8).reshape(-1)[: n_tokens * width] = codes.reshape(n_tokens, -1)[:, :width].ravel()
         n_groups = scales.shape[1]
         memory._group_scales[:, :n_groups] = scales
-        memory._sums.view(np.int32)[:, :n_groups] = 128 * codes.sum(axis=2)
+        memory._sums.view(np.int32)[:, :n_groups] = kernels.OFFSET * codes.sum(axis=2)
         return memory, (codes * scales[..., None]).reshape(n_tokens, -1)[:, :n_in]
     scales = np.maximum(np.abs(x).max(axis=1), 1e-9) / np.float32(levels)
     memory._codes[:] = np.rint(padded / scales[:, None])

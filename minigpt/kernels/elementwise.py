@@ -9,7 +9,7 @@ from numba import njit
 
 from minigpt.kernels.entry import EXACT, HELP, float32, int32
 from minigpt.kernels.intrinsics import f32, float_of_bits, i8, i16, i32, i64, never_inline, square_root
-from minigpt.kernels.target import GROUP
+from minigpt.kernels.target import GROUP, OFFSET
 from minigpt.layout import *
 
 
@@ -185,4 +185,4 @@ def round_group(source, n, codes, scale, total):
         code = nearest(f32(source)[i] * inverse)
         i8(codes)[i] = code
         sum_of_codes = int32(sum_of_codes + code)
-    i32(total)[0] = int32(sum_of_codes * int32(128))
+    i32(total)[0] = int32(sum_of_codes * int32(OFFSET))

@@ -13,6 +13,7 @@ from numba import config
 from numba.core.codegen import get_host_cpu_features
 
 OTHER = os.environ.get("MINIGPT_TARGET")
+STAND_IN = "other."  # for "llvm." in names of what this machine's code generator does not know
 WANTED = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, or none of them for NUMBA_CPU_NAME=generic
 TRIPLE, CPU, FEATURES = (
     OTHER.split(",", 2)
@@ -31,7 +32,12 @@ HALF_IN_HARDWARE = ARM or "+f16c" in FEATURES  # else the conversion may call a 
 LANES = VECTOR // 4  # of 4 bytes
 PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
 # The CPU multiplies bytes four at a time, twice as many as int16: tiles of integer matrices take int8 activations
-BYTES = (VECTOR == 64 and "+avx512vnni" in FEATURES) or (VECTOR == 32 and "+avxvnni" in FEATURES)
+BYTES = (
+    (VECTOR == 64 and "+avx512vnni" in FEATURES)
+    or (VECTOR == 32 and "+avxvnni" in FEATURES)
+    or (ARM and "+dotprod" in FEATURES)
+)
+OFFSET = 128 if X86 else 0  # added to int8 codes of a tile: x86 multiplies uint8 by int8, ARM int8 by int8
 EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURES  # spreads bytes over a mask's bits
 # The same for 8 bytes in a word; before Zen 3, AMD took hundreds of cycles for it
 DEPOSITS = X86 and "+bmi2" in FEATURES and CPU not in ("znver1", "znver2")

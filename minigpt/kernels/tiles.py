@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from minigpt.kernels.entry import HELP, INLINE, float32, instruction, int64, void
 from minigpt.kernels.intrinsics import f32, i8, i16, i32, i64, never_inline, u8
-from minigpt.kernels.target import BYTES, GROUP, LANES, PANEL, TILE, VECTOR, X86
+from minigpt.kernels.target import BYTES, GROUP, LANES, OFFSET, PANEL, TILE, VECTOR, X86
 from minigpt.kernels.vectors import (
     F32,
     I8,
@@ -104,7 +104,7 @@ tile_i16 = _tile(I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: add_pair
 def tile_i8(b: Any, panel: Any, x: Any, x_stride: Any, n: Any, scales: Any, excesses: Any, stride: Any, y: Any) -> None:
     """Write the products of int8 activations to y, float32 [TILE, PANEL].
 
-    The sum over groups of (uint8 w * x - excess) * scale, both per token, `stride` bytes from one to the next. Half of
+    The sum over groups of (byte w * x - excess) * scale, both per token, `stride` bytes from one to the next. Half of
     the tokens at a time: their sums and those of the group fit the registers.
     """
     ints, floats, n_tokens, words = vector_of(I32, LANES), vector_of(F32, LANES), TILE // 2, word(GROUP // 4)
@@ -180,7 +180,7 @@ def multiply_i16(x, first, n_in):
 
 @njit(**INLINE)
 def multiply_i8(x, first, n_in):
-    """Fours of uint8 (128 too large) along n_in by int8, in groups."""
+    """Fours of bytes (OFFSET too large) along n_in by int8, in groups."""
     x = i64(x)
     stride, groups = x[X_STRIDE], first * x[X_STRIDE] // 32 * 4
     scales, excesses, codes = x[X_GROUP_SCALES] + groups, x[X_SUMS] + groups, x[X_CODES] + first * stride
@@ -271,24 +271,24 @@ def _widen_codes(b: Any, pairs: Any) -> Any:
 
 
 pack_squares_i8 = _pack(I16, _widen_codes)  # a unit is two int8, which become two int16
-pack_squares_u8 = _pack(I32, lambda b, codes: b.xor(codes, ir.Constant(codes.type, [0x80808080] * LANES)))  # + 128
+pack_squares_bytes = _pack(I32, lambda b, codes: b.xor(codes, ir.Constant(codes.type, [OFFSET * 0x01010101] * LANES)))
 pack_squares_f16 = _pack(I16, widen_half)
 pack_squares_f32 = _pack(I32, lambda b, line: line)
 
 
 @njit(**HELP)
 def pack_bytes(codes, row_bytes, n_in, n_rows, panel):
-    """Spread rows over lanes: panel[four, row] = codes[row, 4 four .. 4 four + 3] + 128 as uint8."""
+    """Spread rows over lanes: panel[four, row] = codes[row, 4 four .. 4 four + 3] + OFFSET, bytes."""
     never_inline()
     done = 0
     if n_rows == PANEL:
-        pack_squares_u8(codes, row_bytes, n_in // 4, panel)
+        pack_squares_bytes(codes, row_bytes, n_in // 4, panel)
         done = n_in // 4 // LANES * LANES * 4
     panel = u8(panel)
     for r in range(n_rows):
         source = i8(codes + r * row_bytes)
         for i in range(done, n_in):
-            panel[(i // 4 * PANEL + r) * 4 + i % 4] = source[i] + 128
+            panel[(i // 4 * PANEL + r) * 4 + i % 4] = source[i] + OFFSET
 
 
 @njit(**HELP)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import add_symbol
 from numba.core import cgutils
 
-from minigpt.kernels.target import HALF_IN_HARDWARE, X86
+from minigpt.kernels.target import HALF_IN_HARDWARE, OTHER, STAND_IN, X86
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -77,6 +78,17 @@ def widen_half(b: Any, bits: Any) -> Any:
     return b.bitcast(b.or_(b.bitcast(scaled, kind(I32)), sign), kind(F32))
 
 
+def processors_own(name: str) -> str:
+    """Return the full name of an instruction that only some processors have.
+
+    For another machine, numba generates code for this one on the way: a name that it can link stands in there.
+    """
+    if not OTHER:
+        return f"llvm.{name}"
+    add_symbol(f"{STAND_IN}{name}", 1)
+    return f"{STAND_IN}{name}"
+
+
 def add_pairs(b: Any, w: Any, x: Any, total: Any) -> Any:
     """Add products of int16 to int32 lanes, two to each, as cheaply as the processor can.
 
@@ -101,10 +113,10 @@ def in_pairs(b: Any, vector: Any) -> Any:
 
 
 def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
-    """Add four products of uint8 w and int8 x to each int32 lane; only where BYTES says that the CPU can."""
-    kinds = [total.type, w.type, x.type]
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
-    dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(total.type, kinds), name)
+    """Add four products of bytes w (below 128, or int8 + OFFSET) and int8 x to each int32 lane; only with BYTES."""
+    kinds, lanes = [total.type, w.type, x.type], total.type.count
+    name = f"x86.avx512.vpdpbusd.{32 * lanes}" if X86 else f"aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
+    dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(total.type, kinds), processors_own(name))
     return b.call(dot, [total, w, x])
 
 
