@@ -11,7 +11,7 @@ from numba.core import cgutils
 from minigpt.kernels.elementwise import largest, nearest
 from minigpt.kernels.entry import HELP, add_encoding, float32, instruction, int32, int64, void
 from minigpt.kernels.intrinsics import f32, half, i8, i64, never_inline, u8, u16
-from minigpt.kernels.target import BYTES, PANEL, VECTOR
+from minigpt.kernels.target import BYTES, PANEL, REGISTERS, VECTOR
 from minigpt.kernels.tiles import codes_by_tiles, matmul_of, panel_of_decoded
 from minigpt.kernels.vectors import (
     F32,
@@ -37,7 +37,9 @@ from minigpt.kernels.vectors import (
 from minigpt.layout import *
 
 UNIT = VECTOR // 16  # groups of int4, 16 bytes each, that fill a vector
-AHEAD = 4096  # bytes beyond the next rows that are asked for: the processor does not foresee ROWS rows at a time
+# Rows side by side share their activations if registers suffice, but the processor does not foresee them all: memory
+# is asked for beyond the next ones. One after the other they are a single stream, and steps can be longer.
+SIDE, STEP, AHEAD = (ROWS, 2 * UNIT, 4096) if REGISTERS == 32 else (1, 4 * UNIT, 2048)
 
 
 def _multiply_nibbles(b: Any, packed: Any, x: list[Any]) -> Any:
@@ -81,8 +83,9 @@ def _dot_groups(group: int) -> Any:
         y: Any,
     ) -> None:
         kind = vector_of(F32, 4 * UNIT)
-        totals = accumulators(b, kind, ROWS)
-        ahead = b.add(b.mul(distance, word(16 * ROWS)), word(AHEAD))
+        totals = accumulators(b, kind, SIDE)
+        results = cgutils.alloca_once(b, kind, size=ROWS)
+        ahead = word(AHEAD) if SIDE == 1 else b.add(b.mul(distance, word(16 * SIDE)), word(AHEAD))
 
         def add(total: Any, v: Any, w: Any) -> None:
             """Add v * w, of few lanes perhaps, to a total."""
@@ -90,14 +93,18 @@ def _dot_groups(group: int) -> Any:
             v, w = (shuffle(b, u, zeros, lanes) if v.type.count < kind.count else u for u in (v, w))
             b.store(multiply_add(b, v, w, b.load(total)), total)
 
-        def step(first: Any, count: int) -> None:
-            """Do `count` times 32 columns of each row."""
-            begins = [b.add(first, b.mul(distance, word(row))) for row in range(ROWS)]
+        def step(row: Any, first: Any, count: int) -> None:
+            """Do `count` times 32 columns of SIDE rows."""
+            begins = [b.add(first, b.mul(distance, advance(b, row, i))) for i in range(SIDE)]
+            order = list(range(count // share))  # of the scales in their vector
+            if share == 1 and count == 4 * UNIT:  # a shuffle within 16 bytes spreads them, the cheapest there is
+                order = [UNIT * i + lane for lane in range(UNIT) for i in range(4)]
             factors = []
             for begin, total in zip(begins, totals, strict=True):
                 at, kind = b.udiv(begin, word(share)), vector_of(I16, count // share)
-                scale, lowest = (widen_half(b, load(b, advance(b, p, at, 2), kind)) for p in (scales, minimums))
-                factors.append(scale)
+                scale, lowest = (load(b, advance(b, p, at, 2), kind) for p in (scales, minimums))
+                factors.append(widen_half(b, shuffle(b, scale, scale, order)))
+                lowest = widen_half(b, lowest)
                 lowest = shuffle(b, lowest, lowest, [i // share for i in range(count)])
                 add(total, lowest, load(b, advance(b, sums, first, 4), lowest.type))
             unit = UNIT if count >= UNIT else 1
@@ -105,21 +112,26 @@ def _dot_groups(group: int) -> Any:
             for i in range(0, count, unit):
                 at = advance(b, advance(b, x, first, 64), 64 * i)
                 values = [load(b, advance(b, at, 16 * unit * part), kind) for part in range(4)]
+                lanes = [order.index((i + j // 4) // share) for j in range(4 * unit)]
                 for begin, scale, total in zip(begins, factors, totals, strict=True):
                     address = advance(b, advance(b, codes, begin, 16), 16 * i)
                     prefetch(b, b.add(address, ahead))
                     products = b.sitofp(_multiply_nibbles(b, load(b, address, kind), values), vector_of(F32, 4 * unit))
-                    add(total, products, shuffle(b, scale, scale, [(i + j // 4) // share for j in range(4 * unit)]))
+                    add(total, products, shuffle(b, scale, scale, lanes))
 
-        for total in totals:
-            b.store(ir.Constant(kind, None), total)
-        done = word(0)
-        for count in sorted({max(2 * UNIT, share), max(UNIT, share), share}, reverse=True):
-            steps = b.udiv(b.sub(n, done), word(count))
-            with cgutils.for_range(b, steps) as loop:
-                step(b.add(done, b.mul(loop.index, word(count))), count)
-            done = b.add(done, b.mul(steps, word(count)))
-        result = sum_rows(b, [b.load(total) for total in totals])
+        with cgutils.for_range(b, word(ROWS // SIDE)) as rows:
+            row = b.mul(rows.index, word(SIDE))
+            for total in totals:
+                b.store(ir.Constant(kind, None), total)
+            done = word(0)
+            for count in sorted({max(STEP, share), max(UNIT, share), share}, reverse=True):
+                steps = b.udiv(b.sub(n, done), word(count))
+                with cgutils.for_range(b, steps) as loop:
+                    step(row, b.add(done, b.mul(loop.index, word(count))), count)
+                done = b.add(done, b.mul(steps, word(count)))
+            for i, total in enumerate(totals):
+                b.store(b.load(total), b.gep(results, [advance(b, row, i)]))
+        result = sum_rows(b, [b.load(b.gep(results, [word(row)])) for row in range(ROWS)])
         store(b, b.fmul(result, broadcast(b, factor, result.type)), y)
 
     return dot

@@ -42,4 +42,5 @@ EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURE
 # The same for 8 bytes in a word; before Zen 3, AMD took hundreds of cycles for it
 DEPOSITS = X86 and "+bmi2" in FEATURES and CPU not in ("znver1", "znver2")
 GROUP = 64  # int8 activations that share a scale: an outlier spoils no more than these
-TILE = 12 if ARM or VECTOR == 64 else 6  # tokens of a tile: 2 * TILE accumulators must fit the 32 or 16 registers
+REGISTERS = 32 if ARM or VECTOR == 64 else 16  # that hold a vector
+TILE = 12 if REGISTERS == 32 else 6  # tokens of a tile: 2 * TILE accumulators must fit
