@@ -16,7 +16,7 @@ from minigpt.kernels.elementwise import largest, nearest
 from minigpt.kernels.entry import HELP, entry, float32, instruction, int32, int64, void
 from minigpt.kernels.intrinsics import call_matmul, f32, i8, i16, i64, never_inline, square_root
 from minigpt.kernels.split import constant
-from minigpt.kernels.target import BYTES, VECTOR
+from minigpt.kernels.target import BYTE_PAIRS, BYTES, VECTOR
 from minigpt.kernels.vectors import (
     F32,
     I8,
@@ -27,7 +27,8 @@ from minigpt.kernels.vectors import (
     add_pairs,
     advance,
     load,
-    multiply_bytes,
+    multiply_small_bytes,
+    prefetch,
     shuffle,
     store,
     sum_rows,
@@ -37,7 +38,8 @@ from minigpt.kernels.vectors import (
 from minigpt.layout import *
 
 TOGETHER = 256  # rows whose bounds are compared at once
-SIZE = 1 if BYTES else 2  # bytes of a rounded activation
+AHEAD = 0 if BYTES else 2048  # bytes beyond those at hand that are asked for; with BYTES memory is the bound anyway
+SIZE = 1 if BYTE_PAIRS else 2  # bytes of a rounded activation
 
 
 @instruction(void, *[int64] * 5)
@@ -50,7 +52,10 @@ def dot_rough(b: Any, rough: Any, distance: Any, x: Any, n_blocks: Any, y: Any) 
         totals = accumulators(b, vector_of(I32, VECTOR // 4), 2)
         with cgutils.for_range(b, n_blocks) as loop:
             for i in range(0, 64, VECTOR):
-                packed = load(b, advance(b, b.add(begin, b.mul(loop.index, word(64))), i), kind)
+                at = advance(b, b.add(begin, b.mul(loop.index, word(64))), i)
+                packed = load(b, at, kind)
+                if AHEAD:
+                    prefetch(b, advance(b, at, AHEAD))
                 codes = b.and_(packed, constant(kind, 15)), b.lshr(packed, constant(kind, 4))
                 for part, total, column in zip(codes, totals, (i, 64 + i), strict=True):
                     at = advance(b, advance(b, x, loop.index, SIZE * COLUMNS), column, SIZE)
@@ -61,8 +66,8 @@ def dot_rough(b: Any, rough: Any, distance: Any, x: Any, n_blocks: Any, y: Any) 
 
 def _multiply(b: Any, codes: Any, x: Any, total: Any) -> Any:
     """Add the products of a vector of 4-bit codes, one to a byte, and the activations at x to int32 lanes."""
-    if BYTES:
-        return multiply_bytes(b, codes, load(b, x, codes.type), total)
+    if BYTE_PAIRS:
+        return multiply_small_bytes(b, codes, load(b, x, codes.type), total)
     n = VECTOR // 2
     for i in range(2):
         part = b.zext(shuffle(b, codes, codes, [n * i + lane for lane in range(n)]), vector_of(I16, n))
@@ -80,12 +85,12 @@ def round_activations(source, n_in, to):
     """
     never_inline()
     padded, x = (n_in + COLUMNS - 1) // COLUMNS * COLUMNS, f32(source)
-    levels = float32(127) if BYTES else float32(min(32767, (2**31 - 1) // (15 * padded)))
+    levels = float32(127) if BYTE_PAIRS else float32(min(32767, (2**31 - 1) // (15 * padded)))
     scale = max(largest(source, n_in, True), float32(1e-9)) / levels
     inverse, total, square, error = float32(1) / scale, int32(0), float32(0), float32(0)
     for i in range(n_in):
         code = nearest(x[i] * inverse)
-        if BYTES:
+        if BYTE_PAIRS:
             i8(to)[i] = code
         else:
             i16(to)[i] = code

@@ -12,7 +12,7 @@ from llvmlite import ir
 from llvmlite.binding import add_symbol
 from numba.core import cgutils
 
-from minigpt.kernels.target import HALF_IN_HARDWARE, OTHER, STAND_IN, X86
+from minigpt.kernels.target import BYTES, HALF_IN_HARDWARE, OTHER, STAND_IN, X86
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -89,6 +89,11 @@ def processors_own(name: str) -> str:
     return f"{STAND_IN}{name}"
 
 
+def _call_own(b: Any, name: str, result: Any, *values: Any) -> Any:
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, processors_own(name)), values)
+
+
 def add_pairs(b: Any, w: Any, x: Any, total: Any) -> Any:
     """Add products of int16 to int32 lanes, two to each, as cheaply as the processor can.
 
@@ -114,10 +119,18 @@ def in_pairs(b: Any, vector: Any) -> Any:
 
 def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
     """Add four products of bytes w (below 128, or int8 + OFFSET) and int8 x to each int32 lane; only with BYTES."""
-    kinds, lanes = [total.type, w.type, x.type], total.type.count
+    lanes = total.type.count
     name = f"x86.avx512.vpdpbusd.{32 * lanes}" if X86 else f"aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
-    dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(total.type, kinds), processors_own(name))
-    return b.call(dot, [total, w, x])
+    return _call_own(b, name, total.type, total, w, x)
+
+
+def multiply_small_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
+    """Add four products of bytes w, below 128, and int8 x to each int32 lane; only with BYTE_PAIRS."""
+    if BYTES:
+        return multiply_bytes(b, w, x, total)
+    ones = ir.Constant(vector_of(I16, 2 * total.type.count), [1] * (2 * total.type.count))
+    pairs = _call_own(b, "x86.avx2.pmadd.ub.sw", ones.type, w, x)
+    return b.add(total, _call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ones))
 
 
 def multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
