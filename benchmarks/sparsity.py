@@ -87,7 +87,7 @@ def runner():
     """Return a function that calls a kernel with many sets of arguments, int64 [n, 7], without Python in between."""
     from numba import cfunc, types
 
-    from minigpt.kernels import call_matmul, i64
+    from minigpt.kernels.intrinsics import call_matmul, i64
 
     def run_all(kernel, jobs, n):
         jobs = i64(jobs)
@@ -193,8 +193,8 @@ def main() -> None:
         "like a dense row: the bytes that are not read pay for it from 20 to 40 % zeros. Without AVX-512 VBMI2 it "
         "takes two to three times as long; `expand=True` makes it dense when the model is loaded.\n"
         "- 4 of 8 has the bytes of a bitmap at 50 %, and no row needs an offset.\n"
-        "- Blocks that are zero are skipped. A short row has few left, and then its sum across lanes and one "
-        "mispredicted loop cost more than its blocks: the smaller model gains less.\n\n"
+        "- Blocks that are zero are skipped. One loop goes over the blocks of many rows and writes running sums; a "
+        "row's product is a difference of two. A loop for each short row would be mispredicted at its end.\n\n"
     )
     (options.output / "README.md").write_text(f"{text}{table(rows)}\n\n![Speed and bytes](sparsity.png)\n")
     draw(rows, options.output / "sparsity.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -35,34 +34,29 @@ from minigpt.layout import *
 WIDTH = VECTOR // 2  # codes that become a vector of int16
 
 
-def dot_product(b: Any, w: Any, x: Any, n: Any, place: Callable[[Any], Any], unrolled: int) -> Any:
-    """Return the int32 sum of w[i] * x[place(i)], int8 times int16, over the whole times WIDTH in n.
-
-    Several accumulators hide the latency of the multiply-add; the weights stream by at the speed of memory.
-    """
-    totals = accumulators(b, vector_of(I32, WIDTH // 2), unrolled)
-
-    def step(start: Any, total: Any) -> None:
-        codes = b.sext(load(b, b.add(w, start), vector_of(I8, WIDTH)), vector_of(I16, WIDTH))
-        activations = load(b, advance(b, x, place(start), 2), codes.type)
-        b.store(add_pairs(b, codes, activations, b.load(total)), total)
-
-    blocks = b.udiv(n, word(WIDTH * unrolled))
-    with cgutils.for_range(b, blocks) as loop:
-        start = b.mul(loop.index, word(WIDTH * unrolled))
-        for i, total in enumerate(totals):
-            step(b.add(start, word(i * WIDTH)), total)
-    rest = b.mul(blocks, word(unrolled))
-    with cgutils.for_range(b, b.sub(b.udiv(n, word(WIDTH)), rest)) as loop:
-        step(b.mul(b.add(loop.index, rest), word(WIDTH)), totals[0])
-    first, *others = (b.load(total) for total in totals)
-    return sum_lanes(b, reduce(b.add, others, first))
+UNROLLED = 4  # accumulators, which hide the latency of the multiply-add
 
 
 @instruction(int32, int64, int64, int64)
 def dot_i8(b: Any, w: Any, x: Any, n: Any) -> Any:
-    """Return the int32 sum of w[i] * x[i] over the whole times WIDTH in n."""
-    return dot_product(b, w, x, n, lambda i: i, unrolled=4)
+    """Return the int32 sum of w[i] * x[i], int8 times int16, over the whole times WIDTH in n."""
+    totals = accumulators(b, vector_of(I32, WIDTH // 2), UNROLLED)
+
+    def step(start: Any, total: Any) -> None:
+        codes = b.sext(load(b, b.add(w, start), vector_of(I8, WIDTH)), vector_of(I16, WIDTH))
+        activations = load(b, advance(b, x, start, 2), codes.type)
+        b.store(add_pairs(b, codes, activations, b.load(total)), total)
+
+    blocks = b.udiv(n, word(WIDTH * UNROLLED))
+    with cgutils.for_range(b, blocks) as loop:
+        start = b.mul(loop.index, word(WIDTH * UNROLLED))
+        for i, total in enumerate(totals):
+            step(b.add(start, word(i * WIDTH)), total)
+    rest = b.mul(blocks, word(UNROLLED))
+    with cgutils.for_range(b, b.sub(b.udiv(n, word(WIDTH)), rest)) as loop:
+        step(b.mul(b.add(loop.index, rest), word(WIDTH)), totals[0])
+    first, *others = (b.load(total) for total in totals)
+    return sum_lanes(b, reduce(b.add, others, first))
 
 
 def row_by_row(read: Any, dot: Any) -> Any:

@@ -11,12 +11,28 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from minigpt.kernels.entry import HELP, INLINE, add_encoding, float32, instruction, int32, int64, void
-from minigpt.kernels.int8 import codes_by_panel, codes_by_row, dot_product, row_by_row
+from minigpt.kernels.entry import HELP, add_encoding, float32, instruction, int32, int64, void
+from minigpt.kernels.int8 import WIDTH, codes_by_panel, codes_by_row
 from minigpt.kernels.intrinsics import f32, i8, i64, u8, u16, u32
 from minigpt.kernels.target import DEPOSITS, EXPANDS
 from minigpt.kernels.tiles import matmul_of
-from minigpt.kernels.vectors import I8, I16, I64, advance, load, shuffle, store, vector_of, word
+from minigpt.kernels.vectors import (
+    I8,
+    I16,
+    I32,
+    I64,
+    accumulators,
+    add_pairs,
+    advance,
+    fold,
+    load,
+    prefetch,
+    shuffle,
+    store,
+    sum_lanes,
+    vector_of,
+    word,
+)
 from minigpt.layout import *
 
 # Masks
@@ -138,30 +154,57 @@ _add_masked("nm_int8", find_nm, _expand(0.5), W_PART_2)
 # Blocks: pointers [n_out + 1], columns [n_blocks], codes [n_blocks, 32], scales [n_out]
 
 
-@instruction(int32, *[int64] * 4)
-def dot_blocks(b: Any, w: Any, columns: Any, x: Any, n: Any) -> Any:
-    """Return the int32 sum over blocks of 32 codes, block k times x[32 columns[k]...]; n codes, columns uint16."""
-
-    def place(i: Any) -> Any:
-        column = load(b, advance(b, columns, b.lshr(i, word(5)), 2), I16)
-        return b.add(b.shl(b.zext(column, I64), word(5)), b.and_(i, word(31)))
-
-    return dot_product(b, w, x, n, place, unrolled=1)  # rows are short: two loops would be mispredicted twice
+AHEAD = 2048  # bytes of codes that are asked for before their turn
+ROOM = 8192  # bytes of sums, a part of the L1 cache
+LANES = WIDTH // 4  # of a sum, half of what is added to: the less is written, the more reading goes on meanwhile
 
 
-@njit(**INLINE)
-def read_blocks(w, row, scratch):
-    """Return addresses of codes and columns, how many codes, and the scale."""
-    w = i64(w)
-    first, end = int64(u32(w[W_PART_0])[row]), int64(u32(w[W_PART_0])[row + 1])
-    return w[W_PART_2] + first * 32, w[W_PART_1] + first * 2, (end - first) * 32, f32(w[W_PART_3])[row]
+@instruction(void, *[int64] * 5)
+def add_up_blocks(b: Any, codes: Any, columns: Any, x: Any, n: Any, sums: Any) -> None:
+    """Write the sum of the first k products for each k up to n: block i of 32 codes times x[32 columns[i]...].
+
+    What a row gives is the difference between two of them, exact though int32 may overflow. So there is one loop for
+    all blocks of many rows: a loop for each short row would be mispredicted at its end.
+    """
+    (total,) = accumulators(b, vector_of(I32, 2 * LANES), 1)
+    store(b, fold(b, b.load(total), LANES), sums)
+    with cgutils.for_range(b, n) as loop:
+        block = advance(b, codes, loop.index, 32)
+        prefetch(b, advance(b, block, AHEAD))
+        column = b.zext(load(b, advance(b, columns, loop.index, 2), I16, 2), I64)
+        for i in range(0, 32, WIDTH):
+            activations = load(b, advance(b, advance(b, x, column, 64), i, 2), vector_of(I16, WIDTH))
+            wide = b.sext(load(b, advance(b, block, i), vector_of(I8, WIDTH)), activations.type)
+            b.store(add_pairs(b, wide, activations, b.load(total)), total)
+        place = advance(b, sums, b.add(loop.index, word(1)), 4 * LANES)
+        store(b, fold(b, b.load(total), LANES), place)
 
 
-@njit(**INLINE)
-def dot_row_of_blocks(line, x, n_in):
-    """Multiply what is stored."""
-    codes, columns, n, scale = line
-    return float32(dot_blocks(codes, columns, x, n)) * scale
+@instruction(int32, int64, int64)
+def difference(b: Any, begin: Any, end: Any) -> Any:
+    """Return the int32 sum over the lanes of what came to a sum from one address to another."""
+    kind = vector_of(I32, LANES)
+    return sum_lanes(b, b.sub(load(b, end, kind, 4), load(b, begin, kind, 4)))
+
+
+@njit(**HELP)
+def few_blocks(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Multiply what is stored, as many rows at a time as have room for their sums."""
+    w, x, y = i64(w), i64(x), f32(y)
+    pointers, row_scales, scales = u32(w[W_PART_0]), f32(w[W_PART_3]), f32(x[X_SCALES])
+    sums = x[X_PANEL]
+    n_rows = max(1, ROOM // (4 * LANES) // ((w[W_N_IN] + 31) // 32))
+    for row in range(row_begin, row_end, n_rows):
+        end = min(row + n_rows, row_end)
+        first = int64(pointers[row])
+        n, codes, columns = int64(pointers[end]) - first, w[W_PART_2] + first * 32, w[W_PART_1] + first * 2
+        for token in range(n_tokens):
+            add_up_blocks(codes, columns, x[X_CODES] + token * x[X_STRIDE] * 2, n, sums)
+            begin = sums
+            for r in range(row, end):
+                after = sums + (int64(pointers[r + 1]) - first) * 4 * LANES
+                y[token * y_stride + r] = float32(difference(begin, after)) * row_scales[r] * scales[token]
+                begin = after
 
 
 @njit(**HELP)
@@ -193,5 +236,4 @@ def rows_blocks(w, row, y):
             y[begin + i] = float32(codes[i]) * scale
 
 
-_matmul_blocks = matmul_of(row_by_row(read_blocks, dot_row_of_blocks), codes_by_panel(unpack_blocks, W_PART_3))
-add_encoding("block_int8", _matmul_blocks, rows_blocks)
+add_encoding("block_int8", matmul_of(few_blocks, codes_by_panel(unpack_blocks, W_PART_3)), rows_blocks)
