@@ -198,11 +198,12 @@ class Tap(Weight):
     """A Weight that shows the inputs of its multiplications to `see`."""
 
     see: Callable[[Floats], object] = lambda x: None
+    multiplies: bool = True
 
     def matmul(self, x: Floats) -> Floats:
-        """Show x [n_tokens, n_in], then multiply."""
+        """Show x [n_tokens, n_in], then multiply, or give zeros where nobody needs the product."""
         self.see(x)
-        return super().matmul(x)
+        return super().matmul(x) if self.multiplies else np.zeros((len(x), self.shape[0]), np.float32)
 
 
 def tapped(weights: Weights, see: Mapping[str, Callable[[Floats], object]]) -> Weights:
@@ -217,7 +218,15 @@ def tapped(weights: Weights, see: Mapping[str, Callable[[Floats], object]]) -> W
 def embed(checkpoint: Checkpoint, windows: Ids) -> Floats:
     """Look up tokens and positions: [n_windows, window] -> [n_windows, window, n_embd]."""
     positions = np.broadcast_to(np.arange(windows.shape[1]), windows.shape)
-    return layers.embed(checkpoint.weights, windows.ravel(), positions.ravel()).reshape(*windows.shape, -1)
+    x = layers.embed(checkpoint.weights, windows.ravel(), positions.ravel()).reshape(*windows.shape, -1)
+    checkpoint.weights["wte.weight"].let_go()
+    return x
+
+
+def linears(half: int) -> tuple[str, str]:
+    """Return the names of the linear maps with which a half of a block reads and writes."""
+    reader, writer = LINEARS[2 * (half % 2) :][:2]
+    return f"h.{half // 2}.{reader}", f"h.{half // 2}.{writer}"
 
 
 def run_half(weights: Weights, config: Config, half: int, x: Floats) -> Floats:
@@ -248,10 +257,18 @@ def run_half(weights: Weights, config: Config, half: int, x: Floats) -> Floats:
     return y
 
 
+def written_from(weights: Weights, config: Config, half: int, x: Floats) -> Floats:
+    """Return what the map multiplies with which a half of a block writes: [n_windows, window, n_embd] -> [n, n_in]."""
+    name, found = f"{linears(half)[1]}.weight", []  # type: str, list[Floats]
+    weight = weights[name]
+    run_half({**weights, name: Tap(weight.encoding, weight.shape, weight.parts, found.append, False)}, config, half, x)
+    return np.concatenate(found)
+
+
 def let_go(weights: Weights, half: int) -> None:
     """Let the matrices of half a block leave memory as far as a file holds them."""
-    for linear in LINEARS[2 * (half % 2) :][:2]:
-        weights[f"h.{half // 2}.{linear}.weight"].let_go()
+    for linear in linears(half):
+        weights[f"{linear}.weight"].let_go()
 
 
 def run_block(weights: Weights, config: Config, i: int, x: Floats) -> Floats:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from minigpt import layers, reference
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, tapped
+from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, written_from
 from minigpt.compress.step import Changes, Floats, updated
 
 RIDGES = (0.01, 0.1, 1.0)  # pulls towards the weights as they are, relative to an input's mean variance
@@ -100,7 +100,7 @@ class Regression:
         return float(np.einsum("oi,oi->", w, w @ self._xx - 2 * self._yx) + 2 * off) / self.n + float(b @ b)
 
 
-def masked_solve(a: NDArray[F], b: NDArray[F], mask: NDArray[np.bool_]) -> NDArray[F]:
+def masked_solve(a: NDArray[F], b: NDArray[F], mask: NDArray[np.bool_], sweeps: int = SWEEPS) -> NDArray[F]:
     """Solve x a = b for x [n_out, n_in] inside `mask`, zero outside, in the least-squares sense.
 
     Conjugate gradients per row, preconditioned by the diagonal (Shewchuk 1994); `a` [n_in, n_in] is
@@ -111,7 +111,7 @@ def masked_solve(a: NDArray[F], b: NDArray[F], mask: NDArray[np.bool_]) -> NDArr
     residual = b * mask
     direction = residual / diagonal
     size = first = np.einsum("oi,oi->o", residual, direction)  # [n_out]
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         step = (direction @ a) * mask
         length = size / np.maximum(np.einsum("oi,oi->o", direction, step), TINY)
         x += length[:, None] * direction
@@ -231,11 +231,10 @@ def outputs(place: Place) -> Changes:
         return biases(place)
     fitting, testing = (Regression(weight.shape[1], weight.shape[0]) for _ in range(2))
     for part in parts(place.x):
-        inputs: list[Floats] = []
-        run_half(tapped(weights, {place.writer: inputs.append}), place.checkpoint.config, place.half, place.x[part])
+        inputs = written_from(weights, place.checkpoint.config, place.half, place.x[part])
         error = place.target[part] - place.x[part]  # [n_windows, window, n_embd]
         tests = np.arange(part.start, part.start + len(error)) % 4 == 3  # [n_windows]
-        x = inputs[0].reshape(*error.shape[:2], -1)  # [n_windows, window, n_in]
+        x = inputs.reshape(*error.shape[:2], -1)  # [n_windows, window, n_in]
         for sums, chosen in ((testing, tests), (fitting, ~tests)):
             sums.add(x[chosen].reshape(-1, x.shape[-1]), error[chosen].reshape(-1, error.shape[-1]))
     w = weight.decode()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from minigpt.checkpoint import Checkpoint
 from minigpt.compress.calibration import LINEARS, Calibration, Judge, Statistics, Weights, collect, required
-from minigpt.compress.heal import masked_solve
+from minigpt.compress.heal import SWEEPS, masked_solve
 from minigpt.compress.quantize import compact, dense, rounded
 from minigpt.compress.step import choice, noted, number, step, switch, text, updated
 from minigpt.compress.sweep import BLOCK, Choice, damp, inverse_factor, sweep
@@ -113,8 +113,11 @@ def lowest(scores: Floats, sparsity: float, by_row: bool) -> Mask:
     """Keep all but the given share with the lowest scores, counted in each row or in the whole matrix."""
     rows = scores if by_row else scores.reshape(1, -1)
     removed = round(sparsity * rows.shape[1])
-    kept = np.ones(rows.shape, np.bool_)
-    if removed:
+    if not removed:
+        return np.ones(scores.shape, np.bool_)
+    kept = rows > np.partition(rows, removed - 1, axis=1)[:, removed - 1, None]
+    if np.count_nonzero(kept) < kept.size - removed * len(kept):  # where equal scores meet the border, any will do
+        kept[:] = True
         np.put_along_axis(kept, np.argpartition(rows, removed - 1, axis=1)[:, :removed], False, axis=1)
     return kept.reshape(scores.shape)
 
@@ -163,10 +166,12 @@ class Pattern:
             groups = np.pad(scores, ((0, 0), (0, -n_in % self.m)), constant_values=-np.inf).reshape(-1, self.m)
             return lowest(groups, 1 - self.n / self.m, True).reshape(n_out, -1)[:, :n_in]
         kept = lowest(self.tiles(scores), sparsity, by_row)
-        return np.repeat(kept, self.width, axis=1)[:, :n_in]
+        return kept if self.width == 1 else np.repeat(kept, self.width, axis=1)[:, :n_in]
 
     def tiles(self, scores: Floats) -> Floats:
         """Sum the scores of what is removed together: [n_out, n_in] -> [n_out, n_in / width]."""
+        if self.width == 1:
+            return scores
         padded = np.pad(scores, ((0, 0), (0, -scores.shape[1] % self.width)))
         sums: Floats = padded.reshape(len(scores), -1, self.width).sum(axis=2)
         return sums
@@ -178,6 +183,7 @@ class Pattern:
 
 PENALTIES = (0.1, 0.3, 1.0)  # of a difference between the two solutions, relative to an input's variance
 ROUNDS = 10  # with each
+FEW = 3  # sweeps that polish what has come out, near the best already
 
 
 def alternate(w: Floats, covariance: Floats, keep: Callable[[Floats], Mask]) -> tuple[Floats, Mask]:
@@ -202,30 +208,37 @@ def alternate(w: Floats, covariance: Floats, keep: Callable[[Floats], Mask]) -> 
     """
     h = damp(covariance)
     size = np.sqrt(np.diagonal(h))  # [n_in]
-    h /= np.outer(size, size)
+    h /= size
+    h /= size[:, None]
     alive, w = w != 0, w * size
     goal, force = w @ h, np.zeros_like(w)
     kept = alive & keep(np.square(w))
     sparse = w * kept
-    for penalty in PENALTIES:
-        inverse = np.linalg.inv(damp(h, penalty))
+    for penalty in map(np.float32, PENALTIES):
+        u = inverse_factor(h, penalty)
+        inverse = u.T @ u
+        del u
+        force /= penalty
         for _ in range(ROUNDS):
-            dense = (goal - force + np.float32(penalty) * sparse) @ inverse
-            sparse = (dense + force / np.float32(penalty)) * alive
-            kept = alive & keep(np.square(sparse))
-            sparse *= kept
-            force += np.float32(penalty) * (dense - sparse)
+            drawn = sparse - force
+            drawn *= penalty
+            drawn += goal
+            force += drawn @ inverse
+            kept = alive & keep(np.square(force))
+            sparse = force * kept
+            force -= sparse
+        force *= penalty
     return sparse / size, kept
 
 
-def polish(w: Floats, pruned: Floats, covariance: Floats, kept: Mask) -> Floats:
+def polish(w: Floats, pruned: Floats, covariance: Floats, kept: Mask, sweeps: int = SWEEPS) -> Floats:
     """Return the best values of the weights that are kept: those whose products are nearest to those of w.
 
     A sweep lets every column make up for the columns before it only, and `alternate` ends near the best. From there,
     conjugate gradients find the least-squares solution inside the mask.
     """
     h = damp(covariance)
-    change: Floats = masked_solve(h, np.asarray((w - pruned) @ h, np.float32), kept)
+    change: Floats = masked_solve(h, np.asarray((w - pruned) @ h, np.float32), kept, sweeps)
     return pruned + change
 
 
@@ -296,7 +309,7 @@ class Rule:
             swept = sweep(w, covariance, kept=kept, choice=choice)
             result, kept = swept.w, swept.kept
         if self.polish:
-            result = polish(w, result, covariance, kept)
+            result = polish(w, result, covariance, kept, FEW if self.criterion == "alps" else SWEEPS)
         if on_grid is not None:
             again = sweep(result, covariance, kept=kept, encoding=on_grid, symmetric=True)
             return compact(again.encoded(on_grid), str(self.encoding))

@@ -63,19 +63,29 @@ def inverse_factor(gram: Floats, damping: float = DAMPING) -> Floats:
     """Return the upper triangular u with u^T u = (gram + damping)^-1.
 
     Row j of u, over its diagonal, is how the columns after j make up for a change of column j once those before j are
-    fixed. With gram = r r^T, r upper triangular (Cholesky from the last column on), u is r^-1: one factorization
-    and one triangular inverse, instead of two factorizations and an inverse.
+    fixed. It is found by halves in float32, so that nearly all the work is matrix products.
     """
-    return _inverse(np.linalg.cholesky(damp(gram[::-1, ::-1], damping))[::-1, ::-1])
+    u = damp(gram, damping)
+    _factorize_inverse(u)
+    return u
 
 
-def _inverse(r: Floats) -> Floats:
-    """Invert an upper triangular matrix by halves, so that nearly all the work is matrix products."""
-    n = len(r)
-    if n <= 64:
-        return np.triu(np.linalg.inv(r))
-    a, d = _inverse(r[: n // 2, : n // 2]), _inverse(r[n // 2 :, n // 2 :])
-    return np.block([[a, -a @ r[: n // 2, n // 2 :] @ d], [np.zeros((n - n // 2, n // 2), np.float32), d]])
+def _factorize_inverse(h: Floats) -> None:
+    """Put the upper triangular u with u^T u = h^-1 in the place of h.
+
+    With h = [[a, b], [b^T, d]] it is [[u_a, -u_a x u_d], [0, u_d]]: u_d that of d, x = b u_d^T, u_a that of a - x x^T.
+    """
+    half = len(h) // 2
+    if half < 32:  # with h = r r^T, r upper triangular (Cholesky from the last column on), u is r^-1
+        h[:] = np.triu(np.linalg.inv(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]))
+        return
+    a, b, d = h[:half, :half], h[:half, half:], h[half:, half:]
+    _factorize_inverse(d)
+    b[:] = b @ d.T
+    a -= b @ b.T
+    _factorize_inverse(a)
+    b[:] = a @ b @ -d
+    h[half:, :half] = 0
 
 
 def sweep(

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from minigpt import layers
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress.calibration import LINEARS, Calibration, Weights, embed, let_go, parts, run_half, tapped
+from minigpt.compress.calibration import Calibration, Weights, embed, let_go, linears, parts, run_half, written_from
 from minigpt.compress.heal import masked_solve, norm_of
 from minigpt.compress.step import Changes, updated
-from minigpt.compress.sweep import damp
+from minigpt.compress.sweep import damp, inverse_factor
 
 Floats = NDArray[np.float32]
 
@@ -62,11 +62,17 @@ class Seen:
         """Mean square of each input: [n_in]."""
         return (self._square / self.n).astype(np.float32)
 
+    def through(self, w: Floats, bias: Floats) -> None:
+        """Let the outputs be w y + bias: sums follow without any output."""
+        if self._xx is not None:
+            self._yx = w @ self._yx + np.outer(bias, self._x).astype(np.float32)
+        self._y = w @ self._y + self.n * bias
+
     @property
     def gram(self) -> Floats:
         """X^T X / n: [n_in, n_in]."""
-        assert self._xx is not None, "collected without grams"
-        gram: Floats = self._xx / np.float32(self.n)
+        mean = (self._x / self.n).astype(np.float32)
+        gram: Floats = self.covariance + np.outer(mean, mean)
         return gram
 
     @cached_property
@@ -76,8 +82,10 @@ class Seen:
         The published sweeps use the gram. Every linear map of GPT-2 has a bias, which `bias` sets so that the
         outputs are right at the mean of the inputs; then no weight has to see to that.
         """
+        assert self._xx is not None, "collected without grams"
         mean = (self._x / self.n).astype(np.float32)
-        covariance = self.gram
+        covariance, self._xx = self._xx, None  # in the room of the sums
+        covariance /= np.float32(self.n)
         covariance -= np.outer(mean, mean)
         return covariance
 
@@ -89,10 +97,13 @@ class Seen:
         covariance = self.covariance
         means = [(v / self.n).astype(np.float32) for v in (self._y, self._x)]
         gradient: Floats = self._yx / np.float32(self.n) - np.outer(*means) - w @ covariance
-        h = damp(covariance, len(covariance) / self.n)
-        kept = w != 0
-        change = masked_solve(h, gradient, kept) if is_pruned(w) else np.linalg.solve(h, gradient.T).T
-        target: Floats = (w + change).astype(np.float32)
+        damping = len(covariance) / self.n
+        if is_pruned(w):
+            change = masked_solve(damp(covariance, damping), gradient, w != 0)
+        else:
+            u = inverse_factor(covariance, damping)
+            change = gradient @ u.T @ u
+        target: Floats = w + change
         return target
 
     def bias(self, w: Floats) -> Floats:
@@ -125,25 +136,31 @@ def by_linear(
     wanted = x.copy()  # the reference's
     for half in range(2 * config.n_layer):
         calibration.progress(f"layer {half // 2 + 1} of {config.n_layer}")
-        reader, writer = (f"h.{half // 2}.{linear}" for linear in LINEARS[2 * (half % 2) :][:2])
+        reader, writer = linears(half)
 
         def normed(weights: Weights, x: Floats, name: str = norm_of(half, config.n_layer)) -> Floats:
             return layers.layer_norm(weights, name, x.reshape(-1, config.n_embd), config.layer_norm_epsilon)
 
-        seen = Seen(reference[f"{reader}.weight"].shape, grams)
+        seen = Seen((config.n_embd, config.n_embd), grams)
         for part in parts(x):
-            y = layers.linear(reference, reader, normed(reference, wanted[part]))
-            seen.add(normed(checkpoint.weights, x[part]), y)
+            seen.add(normed(checkpoint.weights, x[part]), normed(reference, wanted[part]))
+        seen.through(reference[f"{reader}.weight"].decode(), layers.vector(reference, f"{reader}.bias"))
         checkpoint = updated(checkpoint, change(reader, checkpoint.weights, seen))
 
         seen = Seen(reference[f"{writer}.weight"].shape, grams)
+        mixed: list[Floats] = []  # what attention mixes is as wide as the stream, but an MLP's neurons are too many
         for part in parts(x):
-            found: list[Floats] = []
-            run_half(tapped(checkpoint.weights, {writer: found.append}), config, half, x[part])
+            inputs = written_from(checkpoint.weights, config, half, x[part])
             after = run_half(reference, config, half, wanted[part])
-            seen.add(found[0], (after - wanted[part]).reshape(-1, config.n_embd))
+            seen.add(inputs, (after - wanted[part]).reshape(-1, config.n_embd))
             wanted[part] = after
+            mixed += [] if half % 2 else [inputs]
         checkpoint = updated(checkpoint, change(writer, checkpoint.weights, seen))
-        x = run_half(checkpoint.weights, config, half, x)
+        del seen
+        for number, part in enumerate(parts(x)):
+            if mixed:
+                x[part] += layers.linear(checkpoint.weights, writer, mixed[number]).reshape(x[part].shape)
+            else:
+                x[part] = run_half(checkpoint.weights, config, half, x[part])
         let_go(reference, half)
     return checkpoint
