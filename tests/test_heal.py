@@ -114,6 +114,15 @@ def test_gains_restore_a_layer_norm():
         np.testing.assert_allclose(healed.weights[name].decode(), model.weights[name].decode(), atol=2e-2)
 
 
+@pytest.mark.parametrize("method", ["energy", "pca"])
+def test_gains_know_what_a_cut_put_into_the_map_that_reads(method):
+    model = small_checkpoint()
+    cut = STEPS["width"](model, TEXT, n_embd=44, method=method)
+    healed = refit(cut, pair_of(model), ["gains"])
+    judge = Judge(model, TEXT.held_out(model))
+    assert judge.measure(healed)["kl"] < judge.measure(cut)["kl"]
+
+
 def test_outputs_make_up_for_removed_neurons_and_leave_quantized_or_shared_maps_alone():
     model = small_checkpoint()
     cut = STEPS["neurons"](model, TEXT, remove=0.5, multiple=1)

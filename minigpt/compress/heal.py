@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from minigpt import layers, reference
 from minigpt.checkpoint import Checkpoint
-from minigpt.compress.calibration import Ids, Judge, embed, parts, residuals, run_half, written_from
+from minigpt.compress.calibration import Ids, Judge, embed, linears, parts, residuals, run_half, written_from
 from minigpt.compress.step import Changes, Floats, updated
 
 RIDGES = (0.01, 0.1, 1.0)  # pulls towards the weights as they are, relative to an input's mean variance
@@ -28,6 +28,7 @@ SWEEPS = 12  # of conjugate gradients, at most
 TOLERANCE = 1e-5  # of the square of the residual, after which they end
 TINY = np.float32(1e-30)
 F = TypeVar("F", np.float32, np.float64)
+Affine = tuple[Floats, Floats]  # a matrix and what is added
 WRITERS = ("attn.c_proj", "mlp.c_proj")  # with which the halves of a block write into the stream
 
 
@@ -145,25 +146,28 @@ class Pair:
     layers: Sequence[int]
     windows: Ids
 
-    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[Floats, Callable[[slice], Floats]]]:
+    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[Floats, Callable[[slice], Floats | None]]]:
         """Yield, before each half of the cut model and at the end, the stream that the reference has there.
 
         What a layer finds is to be what it found in the reference, the work of removed layers included.
-        With each comes a function that gives some windows of its LayerNorm. Both are in the cut model's
-        coordinates: [n_windows, window, n_embd].
+        With each comes a function that gives some windows of its LayerNorm, or None where that is unknown. Both are
+        in the cut model's coordinates: [n_windows, window, n_embd].
         """
         basis = common_basis(self.reference, checkpoint)
-        config, last = self.reference.config, 2 * self.reference.config.n_layer
+        config = self.reference.config
 
-        def normed(x: Floats, name: str, part: slice) -> Floats:
+        def normed(x: Floats, place: int, reading: Callable[[], Affine | None], part: slice) -> Floats | None:
+            name = norm_of(place, config.n_layer)
             y = layers.layer_norm(self.reference.weights, name, x[part], config.layer_norm_epsilon)
-            return y if basis is None else y @ basis
+            if basis is None:
+                return y
+            return None if (found := reading()) is None else y @ found[0] + found[1]
 
-        wanted = {last, *(2 * i + half for i in self.layers for half in (0, 1))}
+        places = [*(2 * i + half for i in self.layers for half in (0, 1)), 2 * config.n_layer]
         for place, x in enumerate(self.streams()):
-            if place in wanted:
-                norm = partial(normed, x, norm_of(place, config.n_layer))
-                yield (x if basis is None else x @ basis), norm
+            if place in places:
+                reading = cache(partial(common_reading, self.reference, place, checkpoint, places.index(place)))
+                yield (x if basis is None else x @ basis), partial(normed, x, place, reading)
 
     def streams(self) -> Iterator[Floats]:
         """Yield the reference's residual stream before each half of each of its blocks, and after the last."""
@@ -181,6 +185,30 @@ def common_basis(wide: Checkpoint, narrow: Checkpoint) -> Floats | None:
         xx, xy = xx + x.T @ x, xy + x.T @ y
     basis: Floats = np.linalg.lstsq(xx, xy, rcond=1e-6)[0].astype(np.float32)  # [n_embd, n_embd']
     return basis
+
+
+def common_reading(wide: Checkpoint, there: int, narrow: Checkpoint, here: int) -> Affine | None:
+    """Return the map between what LayerNorms give before two halves, as the linear maps tell it that read them.
+
+    A LayerNorm's gain may have gone into the map that reads it, and what a stream has lost into the bias: a narrow
+    LayerNorm is right where its reader gives what the wide one's does. None where readers have not the same outputs.
+    """
+    (w, b), (v, c) = reader(wide, there), reader(narrow, here)
+    if len(w) != len(v):
+        return None
+    products = np.column_stack([v.T @ w, v.T @ (b - c)])
+    solved = np.linalg.lstsq(v.T @ v, products, rcond=1e-6)[0].astype(np.float32)  # [n_embd', n_embd + 1]
+    return solved[:, :-1].T, solved[:, -1]
+
+
+def reader(checkpoint: Checkpoint, half: int) -> Affine:
+    """Return matrix and bias of the linear map that reads before a half, or of the head after the last."""
+    weights = checkpoint.weights
+    if half == 2 * checkpoint.config.n_layer:
+        w = weights["lm_head.weight"].decode()
+        return w, np.zeros(len(w), np.float32)
+    name, _ = linears(half)
+    return weights[f"{name}.weight"].decode(), layers.vector(weights, f"{name}.bias")
 
 
 def norm_of(half: int, n_layer: int) -> str:
@@ -204,7 +232,7 @@ class Place:
     x : ndarray of shape (n_windows, window, n_embd), dtype=float32
         Its residual stream before the half.
     normed : callable
-        Gives for some windows what the LayerNorm that reads x should give.
+        Gives for some windows what the LayerNorm that reads x should give, or None.
     target : ndarray of the same shape, or None at the end
         What the stream should be after the half.
     """
@@ -212,7 +240,7 @@ class Place:
     checkpoint: Checkpoint
     half: int
     x: Floats
-    normed: Callable[[slice], Floats]
+    normed: Callable[[slice], Floats | None]
     target: Floats | None
 
     @property
@@ -255,7 +283,8 @@ def gains(place: Place) -> Changes:
     one, sums, n = np.ones_like(gain), np.zeros((4, len(gain))), place.x[..., 0].size
     for part in parts(place.x):
         x = reference.layer_norm(place.x[part], one, 0 * one, config.layer_norm_epsilon)
-        y = place.normed(part)
+        if (y := place.normed(part)) is None:
+            return {}
         sums += [v.sum(axis=(0, 1), dtype=np.float64) for v in (x, y, x * x, x * y)]
     x_mean, y_mean, xx_mean, xy_mean = sums / n  # [n_embd] each
     variance = np.maximum(xx_mean - x_mean**2, 0)
