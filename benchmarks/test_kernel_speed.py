@@ -35,7 +35,7 @@ class Vector:
         width = -(-len(x) // 128) * 128
         self.x, self.codes = x, aligned((width,), np.int16)
         self.scale, self.sums = aligned((1,)), aligned((width // 32,))
-        self.panel, self.tile = aligned((width * PANEL,)), aligned((TILE * PANEL,))
+        self.panel, self.tile = aligned((width * PANEL,)), aligned(((TILE + 1) * PANEL,))
         self.codes[:] = 0
         self.meant = x
         if levels:

@@ -38,7 +38,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     X_STRIDE,  # a multiple of 128, n_in or more
     X_NORM,  # float32 [n_tokens, n_embd]: where this record's LayerNorm writes
     X_PANEL,  # the thread's scratch: 4 bytes [largest n_in, PANEL], a tile of the matrix unpacked
-    X_TILE,  # the thread's scratch: 4 bytes [TILE, PANEL], the products of one tile
+    X_TILE,  # the thread's scratch: 4 bytes [TILE + 1, PANEL], the products of one tile, and scales of rows
     X_SIZE,
 ) = range(11)
 

@@ -193,14 +193,17 @@ class Program:
         config, n_threads = self._config, self.team.n_threads
         room = max(n_tokens, TILE)
         n_attention = max(config.n_head) * config.head_dim
-        n_y = _padded(max(3 * n_attention, config.n_embd, *config.n_inner))
+        n_y = (
+            _padded(max(3 * n_attention, config.n_embd, *config.n_inner)) + LINE // 4
+        )  # no power of 2: rows share no set
         n_z = _padded(max(n_attention, config.n_embd, *config.n_inner))
-        n_scores = _padded(config.n_positions) * (3 * config.head_dim + TILE)  # decoded keys, values; keys by lanes
+        # decoded keys and values, keys by lanes, a tile of scores, a factor for each of its rows
+        n_scores = _padded(config.n_positions) * (3 * config.head_dim + TILE) + PANEL
         self._tokens = np.zeros((4, room), np.int64)
         self._runs = np.zeros(room + 1, np.int64)
         self._x, self._y, self._z = aligned((room, config.n_embd)), aligned((room, n_y)), aligned((room, n_z))
         self._scores = aligned((n_threads, n_scores))
-        panels, tiles = aligned((n_threads, n_z * PANEL)), aligned((n_threads, TILE * PANEL))
+        panels, tiles = aligned((n_threads, n_z * PANEL)), aligned((n_threads, (TILE + 1) * PANEL))
         self._own = [Activations(TILE, n_z, config.n_embd, *scratch) for scratch in zip(panels, tiles, strict=True)]
         shared = Activations(room, n_z, config.n_embd, panels[0], tiles[0])
         self._shared = [shared.with_scratch(*scratch) for scratch in zip(panels, tiles, strict=True)]
@@ -240,7 +243,7 @@ class Activations:
     n_tokens, n_in, n_embd : int
         The most that must fit; n_in is a multiple of 128.
     panel, tile : ndarray, dtype=float32
-        Scratch of a thread: an unpacked tile of the matrix, n_in * PANEL, and its products, TILE * PANEL.
+        Scratch of a thread: an unpacked tile of the matrix, n_in * PANEL, and its products, (TILE + 1) * PANEL.
     """
 
     def __init__(self, n_tokens: int, n_in: int, n_embd: int, panel: Floats, tile: Floats) -> None:
@@ -311,7 +314,7 @@ def product(weight: Weight) -> Callable[[], None]:
     """
     n_out, n_in = weight.shape
     width = _padded(n_in)
-    memory = Activations(1, width, n_in, aligned((width * PANEL,)), aligned((TILE * PANEL,)))
+    memory = Activations(1, width, n_in, aligned((width * PANEL,)), aligned(((TILE + 1) * PANEL,)))
     for array in (memory._codes, memory._scales, memory._group_scales, memory._sums):
         array[:] = 1
     descriptor, x, y = describe(weight), np.ones(n_in, np.float32), aligned((n_out,))

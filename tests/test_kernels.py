@@ -52,7 +52,7 @@ def activations(x, levels):
     """Quantize in NumPy as `take_input` does; return the record's owner and the activations that are meant."""
     n_tokens, n_in = x.shape
     width = -(-n_in // 128) * 128
-    memory = Activations(n_tokens, width, n_in, aligned((width * 32,)), aligned((12 * 32,)))
+    memory = Activations(n_tokens, width, n_in, aligned((width * 32,)), aligned((13 * 32,)))
     memory.record[layout.X_FLOAT], memory.record[layout.X_FLOAT_STRIDE] = x.ctypes.data, n_in
     padded = np.zeros((n_tokens, width), np.float32)
     padded[:, :n_in] = x
@@ -188,12 +188,15 @@ def test_layer_norm_and_softmax_equal_numpy():
     np.testing.assert_allclose(y, reference.layer_norm(x, gain, bias, 1e-5), rtol=1e-5, atol=1e-6)
 
     def weights(x, y, n):
-        f32(y)[0] = elementwise.softmax(x, n)
+        f32(y)[0] = elementwise.softmax(x, n, (n + elementwise.PANEL - 1) // elementwise.PANEL)
 
-    for scores in (x.copy(), -np.abs(x) - 200, floats(-3.5)):
-        expected, factor = reference.softmax(scores), floats(0)
-        compiled(weights, 3)(scores.ctypes.data, factor.ctypes.data, len(scores))
-        np.testing.assert_allclose(scores * factor, expected, rtol=1e-5, atol=1e-9)
+    for scores in (x, -np.abs(x) - 200, floats(-3.5)):
+        n, expected, factor = len(scores), reference.softmax(scores), floats(0)
+        padded = np.full(-(-n // 32) * 32, 1e6, np.float32)  # whole panels
+        padded[:n] = scores
+        compiled(weights, 3)(padded.ctypes.data, factor.ctypes.data, n)
+        np.testing.assert_allclose(padded[:n] * factor, expected, rtol=1e-5, atol=1e-9)
+        assert not padded[n : -(-n // elementwise.PANEL) * elementwise.PANEL].any()
 
 
 LIST_REFERENCES = """

@@ -17,7 +17,7 @@ from minigpt.kernels.entry import HELP, INLINE, entry, float32, instruction, int
 from minigpt.kernels.floats import pack_f32
 from minigpt.kernels.intrinsics import f32, float_of_bits, i8, i64, never_inline
 from minigpt.kernels.target import LANES, PANEL, TILE
-from minigpt.kernels.tiles import tile_f32
+from minigpt.kernels.tiles import tile_f32, tile_f32_scaled
 from minigpt.kernels.vectors import (
     F32,
     I8,
@@ -146,23 +146,19 @@ def attend_tiles(q, q_stride, keys, values, first_position, n_tokens, head_dim, 
         pack_f32(keys + begin * head_dim * 4, head_dim, n_rows, scratch + begin * head_dim * 4)
     scores = scratch + n_panels * PANEL * head_dim * 4
     stride = n_panels * PANEL * 4
+    factors = scores + TILE * stride
     for begin in range(0, n_tokens, TILE):
         first = min(begin, n_tokens - TILE)
         seen = first_position + first + TILE  # positions that the tile's last token sees
-        for panel in range((seen + PANEL - 1) // PANEL):
-            lines = scratch + panel * PANEL * head_dim * 4
-            tile_f32(lines, PANEL * 4, q + first * q_stride, q_stride, head_dim, scores + panel * PANEL * 4, stride)
+        n_seen = (seen + PANEL - 1) // PANEL  # panels
+        for panel in range(n_seen):
+            lines, to = scratch + panel * PANEL * head_dim * 4, scores + panel * PANEL * 4
+            tile_f32(lines, PANEL * 4, q + first * q_stride, q_stride, head_dim, to, stride, 0, 0)
         for t in range(TILE):
-            row = scores + t * stride
-            visible = seen - TILE + t + 1
-            factor = softmax(row, visible)
-            weights = f32(row)
-            for i in range(visible):
-                weights[i] *= factor
-            for i in range(visible, seen):
-                weights[i] = 0
+            f32(factors)[t] = softmax(scores + t * stride, seen - TILE + t + 1, n_seen)
         for i in range(0, head_dim, PANEL):
-            tile_f32(values + i * 4, head_dim * 4, scores, stride, seen, y + first * y_stride + i * 4, y_stride)
+            to = y + first * y_stride + i * 4
+            tile_f32_scaled(values + i * 4, head_dim * 4, scores, stride, seen, to, y_stride, factors, 0)
 
 
 # A kind: `find(layer, head, n_positions, head_dim)` returns the place of a head of a sequence, a tuple of addresses.
@@ -182,11 +178,10 @@ def _add_kind(name: str, find: Any, append: Any, score: Any, mix: Any, floats: A
         """Do one token; q is scaled already."""
         never_inline()
         score(place, q, n_positions, head_dim, scores)
-        factor = softmax(scores, n_positions)
-        weights = f32(scores)
-        for position in range(n_positions):
-            weights[position] *= factor
+        factor = softmax(scores, n_positions, (n_positions + PANEL - 1) // PANEL)
         mix(place, scores, n_positions, head_dim, y)
+        for i in range(head_dim):
+            f32(y)[i] *= factor
 
     def attend_head(program, layer, thread, head):
         p, block = i64(program), i64(layer)

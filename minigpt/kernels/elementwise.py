@@ -5,11 +5,30 @@ Functions are polynomials, so that LLVM vectorizes the loops around them and no 
 
 from __future__ import annotations
 
-from numba import njit
+from typing import Any
 
-from minigpt.kernels.entry import EXACT, HELP, float32, int32
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from minigpt.kernels.entry import EXACT, HELP, float32, instruction, int32, int64
 from minigpt.kernels.intrinsics import f32, float_of_bits, i8, i16, i32, i64, never_inline, square_root
-from minigpt.kernels.target import GROUP, OFFSET
+from minigpt.kernels.target import GROUP, LANES, OFFSET, PANEL, VECTOR
+from minigpt.kernels.vectors import (
+    F32,
+    I16,
+    I32,
+    accumulators,
+    advance,
+    broadcast,
+    exponential,
+    load,
+    shuffle,
+    store,
+    sum_lanes,
+    vector_of,
+    word,
+)
 from minigpt.layout import *
 
 
@@ -19,19 +38,16 @@ def nearest(x):
     return int32((x + float32(12582912.0)) - float32(12582912.0))
 
 
+@instruction(float32, float32)
+def exponential_of(b: Any, x: Any) -> Any:
+    """Return e^x; only in functions that are EXACT, as numba lends their flags to every instruction."""
+    return exponential(b, x)
+
+
 @njit(**EXACT)
 def exp(x):
-    """e^x with a relative error below 2e-7: 2^n times the Taylor polynomial of the rest, |rest| <= ln(2) / 2."""
-    x = min(max(x, float32(-87.0)), float32(88.0))
-    n = nearest(x * float32(1.44269504))
-    rest = x - float32(n) * float32(0.693359375) - float32(n) * float32(-2.12194440e-4)  # ln 2 in two parts
-    p = float32(1 / 720)
-    p = p * rest + float32(1 / 120)
-    p = p * rest + float32(1 / 24)
-    p = p * rest + float32(1 / 6)
-    p = p * rest + float32(0.5)
-    p = p * rest * rest + rest + float32(1)
-    return p * float_of_bits(int32(int32(n + int32(127)) << int32(23)))
+    """Return e^x, or e^88 if x is larger."""
+    return exponential_of(min(x, float32(88)))
 
 
 @njit(**EXACT)
@@ -99,7 +115,13 @@ def layer_norm(x, gain, bias, epsilon, y, n):
         total += (x[i] - mean) * (x[i] - mean)
     factor = float32(1) / square_root(total / float32(n) + epsilon)
     for i in range(n):
-        y[i] = (x[i] - mean) * factor * gain[i] + bias[i]
+        y[i] = scaled(x[i] - mean, factor) * gain[i] + bias[i]
+
+
+@njit(**EXACT)
+def scaled(x, factor):
+    """Return x * factor. If that could be reordered, LLVM would divide by the inverse of the factor."""
+    return x * factor
 
 
 @njit(**HELP)
@@ -120,16 +142,51 @@ def largest(x, n, magnitude):
     return float_of_bits(int32(top ^ int32(int32(top >> int32(31)) & int32(0x7FFFFFFF))))
 
 
-@njit(**HELP)
-def softmax(x, n):
-    """Turn n scores into weights, but for the division: return the inverse of their sum."""
+@instruction(float32, int64, int64, int64)
+def weigh(b: Any, x: Any, n: Any, n_panels: Any) -> Any:
+    """Turn n scores into e^(score - the highest), and what follows up to n_panels * PANEL into 0; return the sum."""
+    lanes, least = vector_of(F32, LANES), ir.Constant(vector_of(F32, LANES), [float("-inf")] * LANES)
+    tops, sums = accumulators(b, lanes, 2), accumulators(b, lanes, 2)
+    places = lambda panel: [advance(b, advance(b, x, panel, 4 * PANEL), i * VECTOR) for i in range(2)]  # noqa: E731
+    higher = lambda v, w: b.select(b.fcmp_ordered(">", v, w), v, w)  # noqa: E731
+    whole = b.udiv(n, word(PANEL))
+    with cgutils.for_range(b, b.sub(n_panels, whole)) as loop:
+        panel = b.add(whole, loop.index)
+        rest = b.trunc(b.sub(n, b.mul(panel, word(PANEL))), I32)
+        for i, at in enumerate(places(panel)):
+            numbers = ir.Constant(vector_of(I32, LANES), list(range(i * LANES, (i + 1) * LANES)))
+            is_score = b.icmp_signed("<", numbers, broadcast(b, rest, numbers.type))
+            store(b, b.select(is_score, load(b, at, lanes, 4), least), at)
+    for top in tops:
+        b.store(least, top)
+    with cgutils.for_range(b, n_panels) as loop:
+        for at, top in zip(places(loop.index), tops, strict=True):
+            b.store(higher(load(b, at, lanes, 4), b.load(top)), top)
+    highest = higher(*(b.load(top) for top in tops))
+    for distance in (1 << i for i in range(LANES.bit_length() - 1)):
+        highest = higher(highest, shuffle(b, highest, highest, [lane ^ distance for lane in range(LANES)]))
+    with cgutils.for_range(b, n_panels) as loop:
+        for at, total in zip(places(loop.index), sums, strict=True):
+            weights = exponential(b, b.fsub(load(b, at, lanes, 4), highest))
+            store(b, weights, at)
+            b.store(b.fadd(b.load(total), weights), total)
+    return sum_lanes(b, b.fadd(*(b.load(total) for total in sums)))
+
+
+@njit(**EXACT)
+def softmax(x, n, n_panels):
+    """Turn n scores into weights, but for the division: return the inverse of their sum.
+
+    Whole panels at a time: what follows the n, up to n_panels * PANEL, becomes 0.
+    """
     never_inline()
-    top = largest(x, n, False)
-    x, total = f32(x), float32(0)
-    for i in range(n):
-        x[i] = exp(x[i] - top)
-        total += x[i]
-    return float32(1) / total
+    return float32(1) / weigh(x, n, n_panels)
+
+
+@instruction(int32, int64)
+def sum_of_32(b: Any, codes: Any) -> Any:
+    """Add up 32 int16."""
+    return sum_lanes(b, b.sext(load(b, codes, vector_of(I16, 32), 2), vector_of(I32, 32)))
 
 
 @njit(**EXACT)
@@ -142,17 +199,15 @@ def quantize(x, token, n_in, levels):
     scale = max(largest(source, n_in, True), float32(1e-9)) / float32(levels)
     f32(x[X_SCALES])[token] = scale
     inverse = float32(1) / scale
-    source, codes = f32(source), i16(x[X_CODES] + token * stride * 2)
+    first = x[X_CODES] + token * stride * 2
+    source, codes = f32(source), i16(first)
     for i in range(n_in):
         codes[i] = nearest(source[i] * inverse)
     for i in range(n_in, padded):
         codes[i] = 0
     sums = f32(x[X_SUMS] + token * stride // 32 * 4)
     for group in range(padded // 32):
-        total = int32(0)
-        for i in range(32 * group, 32 * group + 32):
-            total = int32(total + int32(codes[i]))
-        sums[group] = float32(total)
+        sums[group] = float32(sum_of_32(first + 64 * group))
 
 
 @njit(**HELP)

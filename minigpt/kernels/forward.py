@@ -126,8 +126,8 @@ def embed(program, thread, phase):
     return finish(program, thread, phase, LAP_EMBEDDING)
 
 
-# The rows of a matrix are shared out in chunks; `use(p, bias, begin, end)` takes the products of a chunk from Y while
-# they are in the cache.
+# The rows of a matrix are shared out in chunks; `use(p, y, bias, begin, end)` takes the products of a chunk while they
+# are in the cache. They lie together in Y, y [n_tokens, end - begin]: spread over its rows they would meet in few sets.
 
 
 def _linear(use):
@@ -137,42 +137,44 @@ def _linear(use):
     def linear(program, thread, phase, x, matrix, bias, part):
         never_inline()
         p, n_out = i64(program), i64(matrix)[W_N_OUT]
-        step = rows_of_chunk(p, matrix, p[P_N_TOKENS])
+        n_tokens = p[P_N_TOKENS]
+        step = rows_of_chunk(p, matrix, n_tokens)
         n_chunks = (n_out + step - 1) // step
         chunk = take_chunk(p[P_TEAM], phase, n_chunks)
         while chunk >= 0:
             begin, end = chunk * step, min(chunk * step + step, n_out)
-            multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], p[P_N_TOKENS], begin, end)
-            use(p, bias, begin, end)
+            if use is None:
+                multiply(matrix, x, p[P_Y], p[P_Y_STRIDE], n_tokens, begin, end)
+            else:
+                y = p[P_Y] + begin * n_tokens * 4
+                multiply(matrix, x, y - begin * 4, end - begin, n_tokens, begin, end)
+                use(p, y, bias, begin, end)
             chunk = next_chunk(p[P_TEAM], phase, n_chunks)
         return finish(program, thread, phase, part)
 
     return linear
 
 
-@_linear
-@njit(**HELP)
-def products(p, bias, begin, end):
-    """Y = W x, without the bias."""
+products = _linear(None)  # Y = W x, without the bias
 
 
 @_linear
 @njit(**HELP)
-def add_products(p, bias, begin, end):
+def add_products(p, y, bias, begin, end):
     """X += W x + bias."""
     for token in range(p[P_N_TOKENS]):
-        x, y = f32(p[P_X] + token * p[P_N_EMBD] * 4), f32(p[P_Y] + token * p[P_Y_STRIDE] * 4)
-        for i in range(begin, end):
-            x[i] += y[i] + f32(bias)[i]
+        x, products = f32(p[P_X] + (token * p[P_N_EMBD] + begin) * 4), f32(y + token * (end - begin) * 4)
+        for i in range(end - begin):
+            x[i] += products[i] + f32(bias)[begin + i]
 
 
 @_linear
 @njit(**HELP)
-def activate_products(p, bias, begin, end):
+def activate_products(p, y, bias, begin, end):
     """Z = activation_function(W x + bias)."""
     for token in range(p[P_N_TOKENS]):
-        y, z = p[P_Y] + (token * p[P_Y_STRIDE] + begin) * 4, p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
-        activate(p[P_ACTIVATION], y, bias + begin * 4, z, end - begin)
+        z = p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
+        activate(p[P_ACTIVATION], y + token * (end - begin) * 4, bias + begin * 4, z, end - begin)
 
 
 @njit(**HELP)

@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from minigpt.kernels.entry import HELP, INLINE, float32, instruction, int64, void
-from minigpt.kernels.intrinsics import f32, i8, i16, i32, i64, never_inline, u8
+from minigpt.kernels.entry import HELP, INLINE, instruction, int64, void
+from minigpt.kernels.intrinsics import f32, i8, i16, i64, never_inline, u8
 from minigpt.kernels.target import BYTES, GROUP, LANES, OFFSET, PANEL, TILE, VECTOR, X86
 from minigpt.kernels.vectors import (
     F32,
@@ -82,132 +82,165 @@ def _multiply_tile(b: Any, factors: Any, totals: Any, line: Any, multiply: Calla
                 b.store(multiply(b, row, spread, b.load(total)), total)
 
 
-def _tile(unit: Any, line: Any, multiply: Callable[..., Any]) -> Any:
-    """Return `tile(panel, panel_stride, x, x_stride, n, y, y_stride)`: y[token, row] = the products."""
+def _tile(unit: Any, line: Any, multiply: Callable[..., Any], finish: Callable[..., Any]) -> Any:
+    """Return `tile(panel, panel_stride, x, x_stride, n, y, y_stride, scales, row_scales)`: y[token, row] = products.
 
-    @instruction(void, *[int64] * 7)
-    def tile(b: Any, panel: Any, panel_stride: Any, x: Any, x_stride: Any, n: Any, y: Any, y_stride: Any) -> None:
+    `finish(b, total, scale, row_scale)` makes floats of a vector of sums; the last two are functions that load the
+    scale of the token, spread over the lanes, and those of the rows. Without them their addresses do not matter.
+    """
+    floats = vector_of(F32, LANES)
+
+    @instruction(void, *[int64] * 9)
+    def tile(
+        b: Any,
+        panel: Any,
+        panel_stride: Any,
+        x: Any,
+        x_stride: Any,
+        n: Any,
+        y: Any,
+        y_stride: Any,
+        scales: Any,
+        row_scales: Any,
+    ) -> None:
         totals = [accumulators(b, vector_of(unit, LANES), 2) for _ in range(TILE)]
         _multiply_tile(b, (panel, panel_stride, x, x_stride, n), totals, line, multiply)
         for t, halves in enumerate(totals):
             for i, total in enumerate(halves):
-                store(b, b.load(total), advance(b, advance(b, y, y_stride, t), VECTOR * i))
+                value = finish(
+                    b,
+                    b.load(total),
+                    lambda t=t: broadcast(b, load(b, advance(b, scales, t, 4), F32, 4), floats),
+                    lambda i=i: load(b, advance(b, row_scales, i, VECTOR), floats, 4),
+                )
+                store(b, value, advance(b, advance(b, y, y_stride, t), VECTOR * i))
 
     return tile
 
 
-tile_f32 = _tile(F32, vector_of(F32, LANES), multiply_add)
-tile_i16 = _tile(I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: add_pairs(b, w, in_pairs(b, x), total))
+def _as_it_is(b: Any, total: Any, scale: Any, row_scale: Any) -> Any:
+    return total
 
 
-@instruction(void, *[int64] * 8)
-def tile_i8(b: Any, panel: Any, x: Any, x_stride: Any, n: Any, scales: Any, excesses: Any, stride: Any, y: Any) -> None:
-    """Write the products of int8 activations to y, float32 [TILE, PANEL].
+def _by_token(b: Any, total: Any, scale: Any, row_scale: Any) -> Any:
+    return b.fmul(total, scale())
 
-    The sum over groups of (byte w * x - excess) * scale, both per token, `stride` bytes from one to the next. Half of
-    the tokens at a time: their sums and those of the group fit the registers.
+
+def _by_both(b: Any, total: Any, scale: Any, row_scale: Any) -> Any:
+    return b.fmul(b.fmul(b.sitofp(total, vector_of(F32, LANES)), row_scale()), scale())
+
+
+tile_f32 = _tile(F32, vector_of(F32, LANES), multiply_add, _as_it_is)
+tile_f32_scaled = _tile(F32, vector_of(F32, LANES), multiply_add, _by_token)
+tile_i16 = _tile(
+    I32, vector_of(I16, 2 * LANES), lambda b, w, x, total: add_pairs(b, w, in_pairs(b, x), total), _by_both
+)
+
+
+@instruction(void, *[int64] * 10)
+def tile_i8(
+    b: Any,
+    panel: Any,
+    x: Any,
+    x_stride: Any,
+    n: Any,
+    y: Any,
+    y_stride: Any,
+    scales: Any,
+    excesses: Any,
+    stride: Any,
+    row_scales: Any,
+) -> None:
+    """Do TILE / 2 tokens, whose sums and those of a group fit the registers, with int8 activations.
+
+    y[token, row] = row_scale * the sum over groups of (byte w * x - excess) * scale, both per token, `stride` bytes
+    from one to the next.
     """
-    ints, floats, n_tokens, words = vector_of(I32, LANES), vector_of(F32, LANES), TILE // 2, word(GROUP // 4)
-    with cgutils.for_range(b, word(2)) as half:
-        first = b.mul(half.index, word(n_tokens))
-        tokens = [b.mul(stride, b.add(first, word(t))) for t in range(n_tokens)]
-        sums, totals = ([accumulators(b, kind, 2) for _ in tokens] for kind in (floats, ints))
-        for pair in sums:
+    ints, floats, words = vector_of(I32, LANES), vector_of(F32, LANES), word(GROUP // 4)
+    tokens = [b.mul(stride, word(t)) for t in range(TILE // 2)]
+    sums, totals = ([accumulators(b, kind, 2) for _ in tokens] for kind in (floats, ints))
+    with cgutils.for_range(b, b.udiv(b.add(n, word(GROUP // 4 - 1)), words)) as group:
+        begin, offset = b.mul(group.index, words), b.mul(group.index, word(4))
+        rest = b.sub(n, begin)
+        count = b.select(b.icmp_unsigned("<", rest, words), rest, words)
+        for token, pair in zip(tokens, totals, strict=True):
+            excess = b.sub(ir.Constant(I32, 0), load(b, b.add(b.add(excesses, token), offset), I32, 4))
             for total in pair:
-                b.store(ir.Constant(floats, None), total)
-        with cgutils.for_range(b, b.udiv(b.add(n, word(GROUP // 4 - 1)), words)) as group:
-            begin, offset = b.mul(group.index, words), b.mul(group.index, word(4))
-            rest = b.sub(n, begin)
-            count = b.select(b.icmp_unsigned("<", rest, words), rest, words)
-            for token, pair in zip(tokens, totals, strict=True):
-                excess = b.sub(ir.Constant(I32, 0), load(b, b.add(b.add(excesses, token), offset), I32, 4))
-                for total in pair:
-                    b.store(broadcast(b, excess, ints), total)
-            source = advance(b, b.add(x, b.mul(x_stride, first)), begin, 4)
-            factors = advance(b, panel, begin, 2 * VECTOR), word(2 * VECTOR), source, x_stride, count
-            _multiply_tile(b, factors, totals, vector_of(I8, 4 * LANES), multiply_bytes)
-            for token, pair, token_sums in zip(tokens, totals, sums, strict=True):
-                scale = broadcast(b, load(b, b.add(b.add(scales, token), offset), F32, 4), floats)
-                for total, to in zip(pair, token_sums, strict=True):
-                    b.store(multiply_add(b, b.sitofp(b.load(total), floats), scale, b.load(to)), to)
-        at = advance(b, y, first, 2 * VECTOR)
+                b.store(broadcast(b, excess, ints), total)
+        factors = advance(b, panel, begin, 2 * VECTOR), word(2 * VECTOR), advance(b, x, begin, 4), x_stride, count
+        _multiply_tile(b, factors, totals, vector_of(I8, 4 * LANES), multiply_bytes)
+        for token, pair, token_sums in zip(tokens, totals, sums, strict=True):
+            scale = broadcast(b, load(b, b.add(b.add(scales, token), offset), F32, 4), floats)
+            for total, to in zip(pair, token_sums, strict=True):
+                b.store(multiply_add(b, b.sitofp(b.load(total), floats), scale, b.load(to)), to)
+    for i in range(2):
+        row_scale = load(b, advance(b, row_scales, i, VECTOR), floats, 4)
         for t, pair in enumerate(sums):
-            for i, total in enumerate(pair):
-                store(b, b.load(total), advance(b, at, (2 * t + i) * VECTOR))
+            value = b.fmul(b.load(pair[i]), row_scale)
+            store(b, value, advance(b, advance(b, y, y_stride, t), VECTOR * i))
 
 
 # All tokens, tile by tile
 
 
-def _by_tiles(multiply: Any, value: Any) -> Any:
+def _by_tiles(multiply: Any, n_at_once: int) -> Any:
     """Return `by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)`: the panel in x's scratch by all tokens.
 
-    `multiply(x, first, n_in)` leaves the products of a tile in the scratch; `value(products, i, scales, row, scale)`
-    makes one of them, of a row and a token with this scale, a float.
+    `multiply(x, first, n_in, scales, to, to_stride)` does n_at_once tokens and writes PANEL floats of each; scales are
+    those of the rows.
     """
 
     @njit(**HELP)
     def by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
         never_inline()
-        products = i64(x)[X_TILE]
-        for begin in range(0, n_tokens, TILE):
-            first = min(begin, n_tokens - TILE)  # the last tile overlaps the one before and gives the same again
-            multiply(x, first, n_in)
-            for t in range(TILE):
-                to = f32(y + ((first + t) * y_stride + row) * 4)
-                scale = f32(i64(x)[X_SCALES])[first + t]
-                for r in range(n_rows):
-                    to[r] = value(products, t * PANEL + r, scales, r, scale)
+        tile = i64(x)[X_TILE]
+        if n_rows < PANEL and scales:  # nothing may be read behind the last
+            own = tile + TILE * PANEL * 4
+            for r in range(n_rows):
+                f32(own)[r] = f32(scales)[r]
+            scales = own
+        for begin in range(0, n_tokens, n_at_once):
+            first = min(begin, n_tokens - n_at_once)  # the last tile overlaps the one before and gives the same again
+            to = y + (first * y_stride + row) * 4
+            if n_rows == PANEL:
+                multiply(x, first, n_in, scales, to, y_stride * 4)
+            else:
+                multiply(x, first, n_in, scales, tile, PANEL * 4)
+                for t in range(n_at_once):
+                    for r in range(n_rows):
+                        f32(to + t * y_stride * 4)[r] = f32(tile)[t * PANEL + r]
 
     return by_tiles
 
 
 @njit(**INLINE)
-def multiply_f32(x, first, n_in):
+def multiply_f32(x, first, n_in, scales, to, to_stride):
     """Float32 by float32."""
     x = i64(x)
-    source = x[X_FLOAT] + first * x[X_FLOAT_STRIDE] * 4
-    tile_f32(x[X_PANEL], 2 * VECTOR, source, x[X_FLOAT_STRIDE] * 4, n_in, x[X_TILE], PANEL * 4)
+    source, stride = x[X_FLOAT] + first * x[X_FLOAT_STRIDE] * 4, x[X_FLOAT_STRIDE] * 4
+    tile_f32(x[X_PANEL], 2 * VECTOR, source, stride, n_in, to, to_stride, 0, 0)
 
 
 @njit(**INLINE)
-def multiply_i16(x, first, n_in):
-    """Pairs of int16 along n_in."""
+def multiply_i16(x, first, n_in, scales, to, to_stride):
+    """Pairs of int16 along n_in; a sum of codes is scaled by row and token."""
     x = i64(x)
-    codes = x[X_CODES] + first * x[X_STRIDE] * 2
-    tile_i16(x[X_PANEL], 2 * VECTOR, codes, x[X_STRIDE] * 2, (n_in + 1) // 2, x[X_TILE], PANEL * 4)
+    codes, stride, own = x[X_CODES] + first * x[X_STRIDE] * 2, x[X_STRIDE] * 2, x[X_SCALES] + first * 4
+    tile_i16(x[X_PANEL], 2 * VECTOR, codes, stride, (n_in + 1) // 2, to, to_stride, own, scales)
 
 
 @njit(**INLINE)
-def multiply_i8(x, first, n_in):
-    """Fours of bytes (OFFSET too large) along n_in by int8, in groups."""
+def multiply_i8(x, first, n_in, scales, to, to_stride):
+    """Fours of bytes (OFFSET too large) along n_in by int8, in groups with scales; rows have theirs besides."""
     x = i64(x)
     stride, groups = x[X_STRIDE], first * x[X_STRIDE] // 32 * 4
-    scales, excesses, codes = x[X_GROUP_SCALES] + groups, x[X_SUMS] + groups, x[X_CODES] + first * stride
-    tile_i8(x[X_PANEL], codes, stride, (n_in + 3) // 4, scales, excesses, stride // 8, x[X_TILE])
+    own, excesses, codes = x[X_GROUP_SCALES] + groups, x[X_SUMS] + groups, x[X_CODES] + first * stride
+    tile_i8(x[X_PANEL], codes, stride, (n_in + 3) // 4, to, to_stride, own, excesses, stride // 8, scales)
 
 
-@njit(**INLINE)
-def value_f32(products, i, scales, row, scale):
-    """Take it as it is."""
-    return f32(products)[i]
-
-
-@njit(**INLINE)
-def value_i16(products, i, scales, row, scale):
-    """Scale a sum of codes by row and token."""
-    return float32(i32(products)[i]) * f32(scales)[row] * scale
-
-
-@njit(**INLINE)
-def value_i8(products, i, scales, row, scale):
-    """Scale by row alone: the groups' scales were multiplied in."""
-    return f32(products)[i] * f32(scales)[row]
-
-
-floats_by_tiles = _by_tiles(multiply_f32, value_f32)
-pairs_by_tiles = _by_tiles(multiply_i16, value_i16)
-bytes_by_tiles = _by_tiles(multiply_i8, value_i8)
+floats_by_tiles = _by_tiles(multiply_f32, TILE)
+pairs_by_tiles = _by_tiles(multiply_i16, TILE)
+bytes_by_tiles = _by_tiles(multiply_i8, TILE // 2)
 
 
 @njit(**HELP)
