@@ -276,8 +276,8 @@ def rotate(checkpoint: Checkpoint, calibration: Calibration | None, n_embd: int,
         head = weights["lm_head.weight"].decode()
         turned = head @ (gain[:, None] * basis)
         turned += (head @ constant / n_embd)[:, None]
+        weights["lm_head.weight"].let_go()  # before there is a third matrix of this size
         changes["lm_head.weight"] = encode(turned)
-        weights["lm_head.weight"].let_go()
         changes["ln_f.weight"], changes["ln_f.bias"] = np.full(n_embd, shares[-1] / scale), np.ones(n_embd)
     else:
         changes["ln_f.weight"] = np.full(n_embd, gain.mean() * shares[-1] / scale**2)
