@@ -54,9 +54,9 @@ def test_constant_rows_are_exact(name, values):
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_rows_are_rows_of_the_whole(name):
     weight = encode(thin(matrix((9, 70)), name), name)
-    ids = np.array([8, 0, 3, 3])
-    np.testing.assert_array_equal(weight.rows(ids), weight.decode()[ids])
-    np.testing.assert_array_equal(weight.rows(slice(2, 5)), weight.decode()[2:5])
+    off = 1e-6 if name == "lowrank" else 0  # rows are products, whose sums BLAS orders by their number
+    for ids in np.array([8, 0, 3, 3]), slice(2, 5):
+        np.testing.assert_allclose(weight.rows(ids), weight.decode()[ids], rtol=0, atol=off)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
