@@ -24,6 +24,7 @@ from minigpt.kernels.vectors import (
     accumulators,
     add_pairs,
     advance,
+    call_own,
     fold,
     load,
     prefetch,
@@ -54,9 +55,8 @@ def _moves(mask: int) -> list[int]:
 def _spread_word(b: Any, mask: Any, packed: Any) -> Any:
     """Do what `_spread` does for 8 bits, both as words."""
     if DEPOSITS:
-        deposit = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64, I64]), "llvm.x86.bmi.pdep.64")
-        kept = b.mul(b.call(deposit, [mask, word(0x0101010101010101)]), word(255))
-        return b.call(deposit, [packed, kept])
+        kept = b.mul(call_own(b, "x86.bmi.pdep.64", I64, mask, word(0x0101010101010101)), word(255))
+        return call_own(b, "x86.bmi.pdep.64", I64, packed, kept)
     # in three moves whose masks are looked up (Warren, Hacker's Delight 7-5)
     table = [value for mask in range(256) for value in _moves(mask)]
     moves = cgutils.global_constant(b, "moves", ir.Constant(ir.ArrayType(I64, len(table)), table))
@@ -77,9 +77,7 @@ def _spread(b: Any, mask: Any, packed: Any) -> Any:
         return b.bitcast(_spread_word(b, b.zext(mask, I64), packed), kind)
     # from a register: the form that reads memory is microcode on Zen
     packed = shuffle(b, packed, ir.Constant(packed.type, ir.Undefined), [min(i, packed.type.count) for i in range(n)])
-    function = ir.FunctionType(kind, [kind, kind, bits])
-    expand = cgutils.get_or_insert_function(b.module, function, f"llvm.x86.avx512.mask.expand.v{n}i8")
-    return b.call(expand, [packed, ir.Constant(kind, None), b.bitcast(mask, bits)])
+    return call_own(b, f"x86.avx512.mask.expand.v{n}i8", kind, packed, ir.Constant(kind, None), b.bitcast(mask, bits))
 
 
 def _expand(most: float) -> Any:

@@ -78,20 +78,16 @@ def widen_half(b: Any, bits: Any) -> Any:
     return b.bitcast(b.or_(b.bitcast(scaled, kind(I32)), sign), kind(F32))
 
 
-def processors_own(name: str) -> str:
-    """Return the full name of an instruction that only some processors have.
+def call_own(b: Any, name: str, result: Any, *values: Any) -> Any:
+    """Call an instruction that only some processors have, by LLVM's name without `llvm.`.
 
     For another machine, numba generates code for this one on the way: a name that it can link stands in there.
     """
-    if not OTHER:
-        return f"llvm.{name}"
-    add_symbol(f"{STAND_IN}{name}", 1)
-    return f"{STAND_IN}{name}"
-
-
-def _call_own(b: Any, name: str, result: Any, *values: Any) -> Any:
+    name = f"{STAND_IN if OTHER else 'llvm.'}{name}"
+    if OTHER:
+        add_symbol(name, 1)
     kind = ir.FunctionType(result, [value.type for value in values])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, processors_own(name)), values)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), values)
 
 
 def add_pairs(b: Any, w: Any, x: Any, total: Any) -> Any:
@@ -121,7 +117,7 @@ def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
     """Add four products of bytes w (below 128, or int8 + OFFSET) and int8 x to each int32 lane; only with BYTES."""
     lanes = total.type.count
     name = f"x86.avx512.vpdpbusd.{32 * lanes}" if X86 else f"aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
-    return _call_own(b, name, total.type, total, w, x)
+    return call_own(b, name, total.type, total, w, x)
 
 
 def multiply_small_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
@@ -129,8 +125,8 @@ def multiply_small_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
     if BYTES:
         return multiply_bytes(b, w, x, total)
     ones = ir.Constant(vector_of(I16, 2 * total.type.count), [1] * (2 * total.type.count))
-    pairs = _call_own(b, "x86.avx2.pmadd.ub.sw", ones.type, w, x)
-    return b.add(total, _call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ones))
+    pairs = call_own(b, "x86.avx2.pmadd.ub.sw", ones.type, w, x)
+    return b.add(total, call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ones))
 
 
 def multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
