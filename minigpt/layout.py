@@ -80,6 +80,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_LOGITS,  # float32 [n_keep, vocab_size]
     P_SCREEN,  # float32 [chunks of the head, S_SIZE]: only logits near the highest are wanted exact; or 0: all are
     P_MARGIN,  # bits of a float32: how far below the highest they are still wanted exact
+    P_N_EXACT,  # how many were made so
     P_N_LAYER,
     P_LAYERS,  # int64 [n_layer, L_SIZE]
     P_WTE,
@@ -106,14 +107,14 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_LAPS,  # int64 [n_threads, LAP_SIZE], or 0: nobody measures
     P_CLOCK,  # address of C's timespec_get
     P_SIZE,
-) = range(38)
+) = range(39)
 
 CHUNK_ROWS = 1024  # of a matrix in a chunk, at most, while tokens are few
 
 # What is known of a chunk of the head's rows while its logits are rough: for each token a float32
 S_TOPS = 0  # the highest of the lower bounds
 S_WIDTHS = 16  # an exact logit is within scale of its row * width
-S_LIMITS = 32  # what upper bound makes a logit worth the work; then how many did
+S_LIMITS = 32  # what upper bound makes a logit worth the work; then how many were
 S_SIZE = 48
 
 # Where a thread's time goes: nanoseconds for each part of the network, and what its clock has said.

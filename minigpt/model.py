@@ -86,6 +86,8 @@ class GPT2:
         ContextError
             If a sequence would become longer than `n_positions`; the cache is left as it was.
         """
+        if sequences is keep is None and (logits := self._run_one(ids, cache, margin)) is not None:
+            return logits
         tokens = as_ids(ids)
         if tokens.ndim != 1 or not len(tokens):
             raise OptionError("forward needs at least one id, in one dimension")
@@ -109,7 +111,7 @@ class GPT2:
 
     def likeliest(self, ids: ArrayLike, cache: KVCache) -> int:
         """Run tokens of one sequence as `forward` does, and return the likeliest next one."""
-        return int(self.forward(ids, cache, margin=0.0)[0].argmax())
+        return int(self.forward(ids, cache, margin=0.0).argmax())
 
     def new_cache(self, n_sequences: int = 1) -> KVCache:
         """Return an empty cache of this model's kind."""
@@ -134,6 +136,17 @@ class GPT2:
         for begin in range(0, len(tokens), SHOWN):
             chunk = tokens[begin : begin + SHOWN]
             yield self.forward(chunk, cache, keep=np.arange(len(chunk)))
+
+    def _run_one(self, ids: ArrayLike, cache: KVCache, margin: float | None) -> Floats | None:
+        """Do what `forward` does for [id], what it is given most of the time; None if it is anything else."""
+        if self._program is None or not isinstance(ids, list) or len(ids) != 1:
+            return None
+        id, position = ids[0], int(cache.lengths[0])
+        if type(id) is not int or not 0 <= id < self.config.vocab_size or position >= self.config.n_positions:
+            return None
+        logits = self._program.run_one(id, position, cache, margin)
+        cache.lengths[0] = position + 1
+        return logits
 
     def _runs(self, n_tokens: int, sequence_of: Ids | None, cache: KVCache) -> list[layers.Run]:
         """Cut the tokens where another sequence begins, and check that each sequence has room for its run."""

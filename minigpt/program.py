@@ -88,14 +88,9 @@ class Program:
         ndarray of shape (n_keep, vocab_size), dtype=float32
         """
         n_tokens, n_keep = len(ids), len(keep)
-        rough = self._rough if margin is not None and cache.may_be_rough() and 0 < n_keep < FEW else None
-        logits = np.empty((n_keep, self._config.vocab_size), np.float32)
         with self.team.lock:
-            if n_tokens > self._room:
-                self._allocate(n_tokens)
-            if self._cache() is not cache:
-                self._point_to(cache)
-            tokens, fields = self._tokens, self._fields.data  # a memoryview: quicker to write single numbers to
+            self._prepare(n_tokens, cache)
+            tokens = self._tokens
             tokens[0, :n_tokens], tokens[1, :n_tokens], tokens[2, :n_tokens] = ids, positions, sequences
             tokens[3, :n_keep] = keep
             n_runs = 1
@@ -104,14 +99,38 @@ class Program:
                 n_runs = len(starts) + 1
                 self._runs[1:n_runs] = starts
             self._runs[n_runs] = n_tokens
-            fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP] = n_tokens, n_keep
-            fields[layout.P_N_RUNS], fields[layout.P_LOGITS] = n_runs, logits.ctypes.data
-            fields[layout.P_SCREEN] = 0 if rough is None else self._rough_address
-            fields[layout.P_MARGIN] = _bits(margin or 0.0)
-            self.team.run(self._forward, self._address, alike=n_tokens == 1)
-            if rough is not None:
-                n_exact = float(rough[:, layout.S_LIMITS : layout.S_LIMITS + n_keep].sum())
-                cache.note_exact(n_exact / logits.size)
+            return self._call(n_tokens, n_runs, n_keep, cache, margin)
+
+    def run_one(self, id: int, position: int, cache: KVCache, margin: float | None = None) -> Floats:
+        """Do the same for one token of sequence 0, its logits wanted: [1, vocab_size].
+
+        Between two tokens nothing is in the processor's caches but weights, so what counts is how little is touched.
+        """
+        with self.team.lock:
+            self._prepare(1, cache)
+            tokens = self._tokens.data  # a memoryview: quicker to write single numbers to
+            tokens[0, 0], tokens[1, 0], tokens[2, 0], tokens[3, 0] = id, position, 0, 0
+            self._runs.data[1] = 1
+            return self._call(1, 1, 1, cache, margin)
+
+    def _prepare(self, n_tokens: int, cache: KVCache) -> None:
+        if n_tokens > self._room:
+            self._allocate(n_tokens)
+        if self._cache() is not cache:
+            self._point_to(cache)
+
+    def _call(self, n_tokens: int, n_runs: int, n_keep: int, cache: KVCache, margin: float | None) -> Floats:
+        """Call the kernel for the tokens that are in place."""
+        rough = margin is not None and self._rough is not None and 0 < n_keep < FEW and cache.may_be_rough()
+        logits = np.empty((n_keep, self._config.vocab_size), np.float32)
+        fields = self._fields.data
+        fields[layout.P_N_TOKENS], fields[layout.P_N_KEEP], fields[layout.P_N_RUNS] = n_tokens, n_keep, n_runs
+        fields[layout.P_LOGITS] = logits.__array_interface__["data"][0]  # at half the cost of `.ctypes`
+        fields[layout.P_SCREEN], fields[layout.P_N_EXACT] = self._rough_address if rough else 0, 0
+        fields[layout.P_MARGIN] = _bits(margin) if margin else 0
+        self.team.run(self._forward, self._address, alike=n_tokens == 1)
+        if rough:
+            cache.note_exact(fields[layout.P_N_EXACT] / logits.size)
         return logits
 
     @contextmanager

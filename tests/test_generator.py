@@ -48,6 +48,9 @@ class FakeGPT2(GPT2):
         self.n_evaluated += len(ids)
         return np.array(rows, np.float32).reshape(len(rows), -1)
 
+    def run_one(self, id, position, cache, margin=None):
+        return self.run([id], [position], [0], cache, [0], margin)
+
 
 def greedy_ids(model, prompt, n):
     text = list(prompt)

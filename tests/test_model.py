@@ -36,6 +36,17 @@ def test_one_token_at_a_time_equals_all_at_once(gpt2):
     assert cache.lengths.tolist() == [len(IDS)]
 
 
+def test_the_usual_token_is_like_any_other(gpt2):
+    usual, other = KVCache(gpt2.config, 2), KVCache(gpt2.config, 2)
+    for cache in (usual, other):
+        gpt2.forward(IDS[:9], cache, [0] * 4 + [1] * 5)
+    for i in IDS[9:14].tolist():  # a list of one int takes a shorter way than an array
+        np.testing.assert_array_equal(gpt2.forward([i], usual), gpt2.forward(np.array([i]), other))
+    assert usual.lengths.tolist() == other.lengths.tolist() == [9, 5]
+    for a, b in zip((*usual.k, *usual.v), (*other.k, *other.v), strict=True):
+        np.testing.assert_array_equal(a.read(0, 9), b.read(0, 9))
+
+
 def test_a_prompt_in_pieces_equals_the_whole(gpt2):
     cache = KVCache(gpt2.config)
     for piece in (IDS[:1], IDS[1:17], IDS[17:]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit
 
 from minigpt.kernels.elementwise import activate, layer_norm, quantize, quantize_to_bytes
-from minigpt.kernels.entry import HELP, entry, int32
+from minigpt.kernels.entry import HELP, entry, int32, int64
 from minigpt.kernels.intrinsics import (
     call_attend,
     call_clock,
@@ -17,7 +17,7 @@ from minigpt.kernels.intrinsics import (
     i64,
     never_inline,
 )
-from minigpt.kernels.phases import finish_phase, is_over, next_chunk, take_chunk
+from minigpt.kernels.phases import atomic_add, finish_phase, is_over, next_chunk, take_chunk
 from minigpt.kernels.target import BYTES, PANEL, TILE
 from minigpt.layout import *
 
@@ -261,6 +261,8 @@ def refine(program, thread, phase, step, n_chunks):
         bounds = known + S_LIMITS * 4, known + S_WIDTHS * 4
         begin, end = chunk * step, min(chunk * step + step, n_out)
         call_screen(i64(matrix)[W_REFINE], (matrix, x, p[P_LOGITS], n_out, n_keep, begin, end, *bounds))
+        for token in range(n_keep):
+            atomic_add(program + P_N_EXACT * 8, int64(f32(known)[S_LIMITS + token]))
         chunk = next_chunk(p[P_TEAM], phase, n_chunks)
     return finish(program, thread, phase, LAP_LM_HEAD)
 

@@ -11,7 +11,7 @@ from numba.core import cgutils
 
 from minigpt.kernels.entry import HELP, INLINE, add_encoding, float32, instruction, int32, int64
 from minigpt.kernels.intrinsics import f32, half, i8, i16, i64, u16
-from minigpt.kernels.target import PANEL, VECTOR
+from minigpt.kernels.target import PANEL, REGISTERS, VECTOR
 from minigpt.kernels.tiles import codes_by_tiles, matmul_of, panel_of_decoded
 from minigpt.kernels.vectors import (
     F32,
@@ -24,6 +24,7 @@ from minigpt.kernels.vectors import (
     broadcast,
     load,
     multiply_add,
+    prefetch_pages,
     sum_lanes,
     vector_of,
     widen_half,
@@ -50,6 +51,8 @@ def dot_i8(b: Any, w: Any, x: Any, n: Any) -> Any:
     blocks = b.udiv(n, word(WIDTH * UNROLLED))
     with cgutils.for_range(b, blocks) as loop:
         start = b.mul(loop.index, word(WIDTH * UNROLLED))
+        if REGISTERS == 16:  # wider vectors come close to what memory gives by themselves
+            prefetch_pages(b, b.add(w, start))
         for i, total in enumerate(totals):
             step(b.add(start, word(i * WIDTH)), total)
     rest = b.mul(blocks, word(UNROLLED))
