@@ -87,7 +87,7 @@ def test_matmul_equals_numpy(encoding, n_in):
         memory, meant = activations(x, record[layout.W_LEVELS])
         error = 1e-4
         if encoding.startswith("int4") and n_tokens >= kernels.TILE:  # tiles of floats, or of codes rounded
-            meant, error = (meant, 0.05) if kernels.BYTES else (x, error)
+            meant, error = (meant, 0.05) if kernels.INTEGERS else (x, error)
         if encoding.startswith("int8_g") and n_tokens >= kernels.TILE:
             meant = x
         y = np.full((n_tokens, n_out + 3), 7, np.float32)

@@ -11,6 +11,17 @@ share work), `attention`, `forward`.
 
 from minigpt.kernels import attention, forward, int4, screen, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
 from minigpt.kernels.entry import ENTRIES, FAST, compile_entry
-from minigpt.kernels.target import BYTES, GROUP, HALF_IN_HARDWARE, OFFSET, TILE, VECTOR
+from minigpt.kernels.target import BYTES, GROUP, HALF_IN_HARDWARE, INTEGERS, OFFSET, TILE, VECTOR
 
-__all__ = ["BYTES", "ENTRIES", "FAST", "GROUP", "HALF_IN_HARDWARE", "OFFSET", "TILE", "VECTOR", "compile_entry"]
+__all__ = [
+    "BYTES",
+    "ENTRIES",
+    "FAST",
+    "GROUP",
+    "HALF_IN_HARDWARE",
+    "INTEGERS",
+    "OFFSET",
+    "TILE",
+    "VECTOR",
+    "compile_entry",
+]

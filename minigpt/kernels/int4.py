@@ -11,7 +11,7 @@ from numba.core import cgutils
 from minigpt.kernels.elementwise import largest, nearest
 from minigpt.kernels.entry import HELP, add_encoding, float32, instruction, int32, int64, void
 from minigpt.kernels.intrinsics import f32, half, i8, i64, never_inline, u8, u16
-from minigpt.kernels.target import BYTES, PANEL, REGISTERS, VECTOR
+from minigpt.kernels.target import BYTES, INTEGERS, PANEL, REGISTERS, VECTOR
 from minigpt.kernels.tiles import codes_by_tiles, matmul_of, panel_of_decoded
 from minigpt.kernels.vectors import (
     F32,
@@ -186,7 +186,7 @@ def _rounded_panel(decode: Any) -> Any:
 
     @njit(**HELP)
     def panel(w, x, y, y_stride, n_tokens, row, n_rows):
-        n_in, codes = i64(w)[W_N_IN], i64(x)[X_PANEL] + PANEL * i64(x)[X_STRIDE]
+        n_in, codes = i64(w)[W_N_IN], i64(x)[X_PANEL] + 2 * PANEL * i64(x)[X_STRIDE]
         scales = (codes + PANEL * n_in + 63) // 64 * 64
         round_rows(w, row, n_rows, n_in, codes, scales)
         codes_by_tiles(codes, n_in, x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
@@ -241,7 +241,7 @@ def _add_groups(name: str, group: int) -> None:
     def rows(w, row, y):
         decode(w, row, y, 1)
 
-    panel = _rounded_panel(decode) if BYTES else panel_of_decoded(decode)
+    panel = _rounded_panel(decode) if INTEGERS else panel_of_decoded(decode)
     add_encoding(name, matmul_of(few, panel), rows)
 
 
