@@ -212,9 +212,8 @@ class Program:
         config, n_threads = self._config, self.team.n_threads
         room = max(n_tokens, TILE)
         n_attention = max(config.n_head) * config.head_dim
-        n_y = (
-            _padded(max(3 * n_attention, config.n_embd, *config.n_inner)) + LINE // 4
-        )  # no power of 2: rows share no set
+        # a line more, so that the distance of rows is no power of 2 and they share no set
+        n_y = _padded(max(3 * n_attention, config.n_embd, *config.n_inner)) + LINE // 4
         n_z = _padded(max(n_attention, config.n_embd, *config.n_inner))
         # decoded keys and values, keys by lanes, a tile of scores, a factor for each of its rows
         n_scores = _padded(config.n_positions) * (3 * config.head_dim + TILE) + PANEL

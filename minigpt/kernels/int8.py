@@ -51,7 +51,7 @@ def dot_i8(b: Any, w: Any, x: Any, n: Any) -> Any:
     blocks = b.udiv(n, word(WIDTH * UNROLLED))
     with cgutils.for_range(b, blocks) as loop:
         start = b.mul(loop.index, word(WIDTH * UNROLLED))
-        if REGISTERS == 16:  # wider vectors come close to what memory gives by themselves
+        if REGISTERS == 16:  # AVX-512 comes close to what memory gives by itself; ARM was not measured
             prefetch_pages(b, b.add(w, start))
         for i, total in enumerate(totals):
             step(b.add(start, word(i * WIDTH)), total)

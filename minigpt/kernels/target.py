@@ -37,10 +37,10 @@ BYTES = (
     or (VECTOR == 32 and "+avxvnni" in FEATURES)
     or (ARM and "+dotprod" in FEATURES)
 )
-# Tiles of integers do more than those of float32: `pmaddwd` takes two products where a multiply-add takes one
-INTEGERS = X86 or BYTES
 # It multiplies at least pairs of them, if one of both is below 128
 BYTE_PAIRS = BYTES or (X86 and VECTOR == 32)
+# Tiles of integers do more than those of float32: `pmaddwd` takes two products where a multiply-add takes one
+INTEGERS = X86 or BYTES
 OFFSET = 128 if X86 else 0  # added to int8 codes of a tile: x86 multiplies uint8 by int8, ARM int8 by int8
 EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURES  # spreads bytes over a mask's bits
 # The same for 8 bytes in a word; before Zen 3, AMD took hundreds of cycles for it
