@@ -91,9 +91,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         for sparsity in (0.4, 0.5, 0.6)
     },
     "sparsegpt 50 %, 16,384 tokens": prune("sparsegpt", 0.5, tokens=16384),
-    "sparsegpt 50 %, 65,536 tokens": prune("sparsegpt", 0.5, tokens=65536),
     "alps 50 %, 16,384 tokens": prune("alps", 0.5, tokens=16384),
-    "alps 50 %, 65,536 tokens": prune("alps", 0.5, tokens=65536),
     "sparsegpt 2:4": prune("sparsegpt", 0.5, pattern="2:4"),
     "alps 2:4": prune("alps", 0.5, pattern="2:4"),
     "int8": rounded("int8"),

@@ -143,7 +143,7 @@ def emulator(folders):
 @pytest.fixture
 def aarch64(emulator, monkeypatch):
     """Everything that asks for a kernel gets one of the emulated processor."""
-    replace_kernels(monkeypatch, emulator.kernel, BYTES=False, INTEGERS=False)
+    replace_kernels(monkeypatch, emulator.kernel, BYTES=False, BYTE_PAIRS=False, INTEGERS=False)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def multiplier(folders):
 @pytest.fixture
 def dotprod(multiplier, monkeypatch):
     """The same of one that multiplies bytes four at a time."""
-    replace_kernels(monkeypatch, multiplier.kernel, BYTES=True, INTEGERS=True, OFFSET=0)
+    replace_kernels(monkeypatch, multiplier.kernel, BYTES=True, BYTE_PAIRS=True, INTEGERS=True, OFFSET=0)
 
 
 def replace_kernels(monkeypatch, kernel, **target):
@@ -219,7 +219,7 @@ def test_images_on_aarch64(folders, emulator, monkeypatch):
         address = memory[name].ctypes.data + page + entry
         return ops.Kernel(name, address, lambda *arguments: emulator.call(address, *arguments))
 
-    replace_kernels(monkeypatch, kernel, BYTES=False, INTEGERS=False)
+    replace_kernels(monkeypatch, kernel, BYTES=False, BYTE_PAIRS=False, INTEGERS=False)
     for name in run:
         kind, encoding = name.split("_")
         if kind == "rows":

@@ -58,10 +58,13 @@ def activations(x, levels):
     padded[:, :n_in] = x
     if not levels:
         return memory, x
-    if kernels.BYTES and n_tokens >= kernels.TILE:
+    if kernels.BYTE_PAIRS and n_tokens >= kernels.TILE:
         groups = np.zeros((n_tokens, -(-width // kernels.GROUP), kernels.GROUP), np.float32)
         groups.reshape(n_tokens, -1)[:, :width] = padded
-        scales = np.maximum(np.abs(groups).max(axis=2), 1e-9) / np.float32(127)
+        tops = np.abs(groups).max(axis=2)
+        if not kernels.BYTES:
+            tops = np.maximum(tops, np.abs(groups[..., 0::2] + groups[..., 1::2]).max(axis=2))
+        scales = np.maximum(tops, 1e-9) / np.float32(127)
         codes = np.rint(groups / scales[..., None])
         memory._codes.view(np.int8).reshape(-1)[: n_tokens * width] = codes.reshape(n_tokens, -1)[:, :width].ravel()
         n_groups = scales.shape[1]

@@ -11,10 +11,11 @@ share work), `attention`, `forward`.
 
 from minigpt.kernels import attention, forward, int4, screen, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
 from minigpt.kernels.entry import ENTRIES, FAST, compile_entry
-from minigpt.kernels.target import BYTES, GROUP, HALF_IN_HARDWARE, INTEGERS, OFFSET, TILE, VECTOR
+from minigpt.kernels.target import BYTE_PAIRS, BYTES, GROUP, HALF_IN_HARDWARE, INTEGERS, OFFSET, TILE, VECTOR
 
 __all__ = [
     "BYTES",
+    "BYTE_PAIRS",
     "ENTRIES",
     "FAST",
     "GROUP",

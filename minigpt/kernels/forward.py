@@ -18,7 +18,7 @@ from minigpt.kernels.intrinsics import (
     never_inline,
 )
 from minigpt.kernels.phases import atomic_add, finish_phase, is_over, next_chunk, take_chunk
-from minigpt.kernels.target import BYTES, PANEL, TILE
+from minigpt.kernels.target import BYTE_PAIRS, PANEL, TILE
 from minigpt.layout import *
 
 
@@ -89,7 +89,7 @@ def make_activation(p, x, source, gain, bias, matrix, token, many):
     if gain:
         epsilon = float_of_bits(int32(p[P_EPSILON]))
         layer_norm(source, gain, bias, epsilon, i64(x)[X_NORM] + token * w[W_N_IN] * 4, w[W_N_IN])
-    if w[W_LEVELS] and BYTES and many:
+    if w[W_LEVELS] and BYTE_PAIRS and many:
         quantize_to_bytes(x, token, w[W_N_IN])
     elif w[W_LEVELS]:
         quantize(x, token, w[W_N_IN], w[W_LEVELS])

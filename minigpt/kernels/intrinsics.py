@@ -36,6 +36,12 @@ def float_of_bits(b: Any, bits: Any) -> Any:
     return b.bitcast(bits, F32)
 
 
+@instruction(int32, float32)
+def bits_of_float(b: Any, value: Any) -> Any:
+    """Reinterpret a float32 as the int32 with the same bits."""
+    return b.bitcast(value, I32)
+
+
 @instruction(float32, types.uint16)
 def half(b: Any, bits: Any) -> Any:
     """Convert the bits of a float16 to float32."""

@@ -27,7 +27,7 @@ from minigpt.kernels.vectors import (
     add_pairs,
     advance,
     load,
-    multiply_small_bytes,
+    multiply_bytes,
     prefetch,
     shuffle,
     store,
@@ -67,7 +67,7 @@ def dot_rough(b: Any, rough: Any, distance: Any, x: Any, n_blocks: Any, y: Any) 
 def _multiply(b: Any, codes: Any, x: Any, total: Any) -> Any:
     """Add the products of a vector of 4-bit codes, one to a byte, and the activations at x to int32 lanes."""
     if BYTE_PAIRS:
-        return multiply_small_bytes(b, codes, load(b, x, codes.type), total)
+        return multiply_bytes(b, codes, load(b, x, codes.type), total)
     n = VECTOR // 2
     for i in range(2):
         part = b.zext(shuffle(b, codes, codes, [n * i + lane for lane in range(n)]), vector_of(I16, n))

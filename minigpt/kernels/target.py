@@ -31,13 +31,13 @@ VECTOR = 64 if "+avx512bw" in FEATURES else 32 if "+avx2" in FEATURES else 16  #
 HALF_IN_HARDWARE = ARM or "+f16c" in FEATURES  # else the conversion may call a library
 LANES = VECTOR // 4  # of 4 bytes
 PANEL = 2 * LANES  # rows of a matrix that a tile takes at once: two vectors
-# The CPU multiplies bytes four at a time, twice as many as int16: tiles of integer matrices take int8 activations
+# The CPU multiplies bytes four at a time, twice as many as int16
 BYTES = (
     (VECTOR == 64 and "+avx512vnni" in FEATURES)
     or (VECTOR == 32 and "+avxvnni" in FEATURES)
     or (ARM and "+dotprod" in FEATURES)
 )
-# It multiplies at least pairs of them, if one of both is below 128
+# It multiplies at least pairs of them, if their sum fits an int16: tiles of integer matrices take int8 activations
 BYTE_PAIRS = BYTES or (X86 and VECTOR == 32)
 # Tiles of integers do more than those of float32: `pmaddwd` takes two products where a multiply-add takes one
 INTEGERS = X86 or BYTES

@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from minigpt.kernels.entry import HELP, INLINE, instruction, int64, void
 from minigpt.kernels.intrinsics import f32, i8, i16, i64, never_inline, u8
-from minigpt.kernels.target import BYTES, GROUP, LANES, OFFSET, PANEL, TILE, VECTOR, X86
+from minigpt.kernels.target import BYTE_PAIRS, GROUP, LANES, OFFSET, PANEL, TILE, VECTOR, X86
 from minigpt.kernels.vectors import (
     F32,
     I8,
@@ -159,10 +159,9 @@ def tile_i8(
     ints, floats, words = vector_of(I32, LANES), vector_of(F32, LANES), word(GROUP // 4)
     tokens = [b.mul(stride, word(t)) for t in range(TILE // 2)]
     sums, totals = ([accumulators(b, kind, 2) for _ in tokens] for kind in (floats, ints))
-    with cgutils.for_range(b, b.udiv(b.add(n, word(GROUP // 4 - 1)), words)) as group:
-        begin, offset = b.mul(group.index, words), b.mul(group.index, word(4))
-        rest = b.sub(n, begin)
-        count = b.select(b.icmp_unsigned("<", rest, words), rest, words)
+
+    def add_group(group: Any, count: Any) -> None:
+        begin, offset = b.mul(group, words), b.mul(group, word(4))
         for token, pair in zip(tokens, totals, strict=True):
             excess = b.sub(ir.Constant(I32, 0), load(b, b.add(b.add(excesses, token), offset), I32, 4))
             for total in pair:
@@ -173,6 +172,12 @@ def tile_i8(
             scale = broadcast(b, load(b, b.add(b.add(scales, token), offset), F32, 4), floats)
             for total, to in zip(pair, token_sums, strict=True):
                 b.store(multiply_add(b, b.sitofp(b.load(total), floats), scale, b.load(to)), to)
+
+    whole, rest = b.udiv(n, words), b.urem(n, words)
+    with cgutils.for_range(b, whole) as loop:
+        add_group(loop.index, words)
+    with b.if_then(b.icmp_unsigned(">", rest, word(0))):
+        add_group(whole, rest)
     for i in range(2):
         row_scale = load(b, advance(b, row_scales, i, VECTOR), floats, 4)
         for t, pair in enumerate(sums):
@@ -246,7 +251,7 @@ bytes_by_tiles = _by_tiles(multiply_i8, TILE // 2)
 @njit(**HELP)
 def codes_by_tiles(codes, row_bytes, x, y, y_stride, n_tokens, row, n_rows, scales, n_in):
     """Multiply rows of int8 codes, which lie outside the panel, by all tokens."""
-    if BYTES:
+    if BYTE_PAIRS:
         pack_bytes(codes, row_bytes, n_in, n_rows, i64(x)[X_PANEL])
         bytes_by_tiles(x, y, y_stride, n_tokens, row, n_rows, scales, n_in)
     else:

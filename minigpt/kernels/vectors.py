@@ -129,17 +129,15 @@ def in_pairs(b: Any, vector: Any) -> Any:
 
 
 def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
-    """Add four products of bytes w (below 128, or int8 + OFFSET) and int8 x to each int32 lane; only with BYTES."""
+    """Add four products of bytes w (below 128, or int8 + OFFSET) and int8 x to each int32 lane; only with BYTE_PAIRS.
+
+    Without BYTES the sums of two products must fit an int16: w below 128, or |x| + |its neighbour| at most 128.
+    """
     lanes = total.type.count
-    name = f"x86.avx512.vpdpbusd.{32 * lanes}" if X86 else f"aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
-    return call_own(b, name, total.type, total, w, x)
-
-
-def multiply_small_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
-    """Add four products of bytes w, below 128, and int8 x to each int32 lane; only with BYTE_PAIRS."""
     if BYTES:
-        return multiply_bytes(b, w, x, total)
-    ones = ir.Constant(vector_of(I16, 2 * total.type.count), [1] * (2 * total.type.count))
+        name = f"x86.avx512.vpdpbusd.{32 * lanes}" if X86 else f"aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
+        return call_own(b, name, total.type, total, w, x)
+    ones = ir.Constant(vector_of(I16, 2 * lanes), [1] * (2 * lanes))
     pairs = call_own(b, "x86.avx2.pmadd.ub.sw", ones.type, w, x)
     return b.add(total, call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ones))
 
