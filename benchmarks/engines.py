@@ -80,10 +80,11 @@ class MiniGPT(Engine):
         os.environ["MINIGPT_BACKEND"] = self.backend
         from minigpt import checkpoint, model
 
-        self.model, self.new_cache = model.GPT2(checkpoint.load(path), n_threads), model.KVCache
+        self.model = model.GPT2(checkpoint.load(path), n_threads)
+        self.cache = self.model.new_cache()
 
     def reset(self):
-        self.cache = self.new_cache(self.model.config)
+        self.cache.truncate(0)  # memory that is in place, as other engines keep theirs
 
     def step(self, ids):
         return self.model.likeliest(ids, self.cache)

@@ -49,8 +49,18 @@ def linear(weights: Weights, name: str, x: Floats) -> Floats:
     return weights[f"{name}.weight"].matmul(x) + vector(weights, f"{name}.bias")
 
 
+ALL = slice(None)
+
+
 def attention(
-    weights: Weights, config: Config, i: int, x: Floats, k: F32Store, v: F32Store, batch: Iterable[Run]
+    weights: Weights,
+    config: Config,
+    i: int,
+    x: Floats,
+    k: F32Store,
+    v: F32Store,
+    batch: Iterable[Run],
+    keep: Ids | slice = ALL,
 ) -> Floats:
     """Attend within each sequence and store its keys and values on the way.
 
@@ -59,10 +69,12 @@ def attention(
     x : ndarray of shape (n_tokens, n_embd), dtype=float32
     k, v : F32Store
         The cache of layer `i`, of any kind; the positions of these tokens are overwritten.
+    keep : ndarray of int or slice
+        The tokens whose output is wanted.
 
     Returns
     -------
-    ndarray of shape (n_tokens, n_embd), dtype=float32
+    ndarray of shape (n_keep, n_embd), dtype=float32
     """
     n_head, head_dim = config.n_head[i], config.head_dim
     qkv = linear(weights, f"h.{i}.attn.c_attn", x)  # [n_tokens, 3 * n_head * head_dim]
@@ -74,7 +86,7 @@ def attention(
             store.write(s, slice(first, end), rows[:, tokens])
         seen = reference.attention(q, k.read(s, end), v.read(s, end), config.attn_scale[i])
         mixed[tokens] = seen.transpose(1, 0, 2)
-    return linear(weights, f"h.{i}.attn.c_proj", mixed.reshape(len(x), -1))
+    return linear(weights, f"h.{i}.attn.c_proj", mixed.reshape(len(x), -1)[keep])
 
 
 def mlp(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
@@ -84,11 +96,19 @@ def mlp(weights: Weights, config: Config, i: int, x: Floats) -> Floats:
 
 
 def block(
-    weights: Weights, config: Config, i: int, x: Floats, k: F32Store, v: F32Store, batch: Iterable[Run]
+    weights: Weights,
+    config: Config,
+    i: int,
+    x: Floats,
+    k: F32Store,
+    v: F32Store,
+    batch: Iterable[Run],
+    keep: Ids | slice = ALL,
 ) -> Floats:
-    """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_tokens, n_embd]."""
+    """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_keep, n_embd]."""
     epsilon = config.layer_norm_epsilon
-    x = x + attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch)
+    a = attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch, keep)
+    x = x[keep] + a
     return x + mlp(weights, config, i, layer_norm(weights, f"h.{i}.ln_2", x, epsilon))
 
 

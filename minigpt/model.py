@@ -20,7 +20,7 @@ Ids = NDArray[np.int64]
 
 __all__ = ["GPT2", "KVCache"]
 
-CHUNK = 256  # tokens that go through the network at once: bounds every intermediate, long prompts too
+CHUNK = 512  # tokens that go through the network at once: bounds every intermediate, long prompts too
 SHOWN = 128  # tokens whose logits are handed out at once: 26 MB for a vocabulary of 50,257
 
 
@@ -82,7 +82,7 @@ class GPT2:
         Raises
         ------
         OptionError
-            If an id or a sequence is out of range, or there is no token at all.
+            If an id, a sequence or an index to keep is out of range, or there is no token at all.
         ContextError
             If a sequence would become longer than `n_positions`; the cache is left as it was.
         """
@@ -99,6 +99,12 @@ class GPT2:
         spans = [np.arange(first, first + run.stop - run.start) for run, _, first in runs]
         positions = np.concatenate(spans) if len(spans) > 1 else spans[0]
         wanted = np.asarray([run.stop - 1 for run, *_ in runs] if keep is None else keep, np.int64)
+        if (
+            keep is not None
+            and len(wanted)
+            and (wanted[0] < 0 or wanted[-1] >= len(tokens) or np.diff(wanted).min(initial=0) < 0)
+        ):
+            raise OptionError(f"tokens to keep must ascend within 0..{len(tokens) - 1}, not {wanted.tolist()[:9]}")
         compute = self._run_numpy if self._program is None else self._program.run
         parts = []
         for begin in range(0, len(tokens), CHUNK):
@@ -170,9 +176,11 @@ class GPT2:
     ) -> Floats:
         batch = layers.runs(sequence_of, positions)
         x = layers.embed(self.weights, ids, positions)  # [n_tokens, n_embd]
+        last = self.config.n_layer - 1
         for i in range(self.config.n_layer):
-            x = layers.block(self.weights, self.config, i, x, cache.k[i], cache.v[i], batch)
-        return layers.head(self.weights, self.config, x[keep])  # [n_keep, vocab_size]
+            wanted = keep if i == last else layers.ALL
+            x = layers.block(self.weights, self.config, i, x, cache.k[i], cache.v[i], batch, wanted)
+        return layers.head(self.weights, self.config, x)  # [n_keep, vocab_size]
 
 
 def as_ids(ids: ArrayLike) -> Ids:

@@ -168,9 +168,10 @@ def attend_tiles(q, q_stride, keys, values, first_position, n_tokens, head_dim, 
 
 
 def _add_kind(name: str, find: Any, append: Any, score: Any, mix: Any, floats: Any) -> None:
-    """Register `attend_<name>(program, layer, thread, head)`: Z = attention of one head, for all tokens.
+    """Register `attend_<name>(program, layer, thread, head, short)`: Z = attention of one head, for all tokens.
 
-    Its q, k and v are in y, without their biases; new keys and values go to the cache first.
+    Its q, k and v are in y, without their biases; new keys and values go to the cache first. If it is cut short, rows
+    of Z are those of the tokens to keep.
     """
 
     @njit(**HELP)
@@ -183,7 +184,7 @@ def _add_kind(name: str, find: Any, append: Any, score: Any, mix: Any, floats: A
         for i in range(head_dim):
             f32(y)[i] *= factor
 
-    def attend_head(program, layer, thread, head):
+    def attend_head(program, layer, thread, head, short):
         p, block = i64(program), i64(layer)
         head_dim, n_tokens, n_head, n_positions = p[P_HEAD_DIM], p[P_N_TOKENS], block[L_N_HEAD], p[P_N_POSITIONS]
         begin, width, y_stride, z_stride = head * head_dim, n_head * head_dim, p[P_Y_STRIDE], p[P_Z_STRIDE]
@@ -199,6 +200,13 @@ def _add_kind(name: str, find: Any, append: Any, score: Any, mix: Any, floats: A
             place = find(layer, sequences[token] * n_head + head, n_positions, head_dim)
             append(place, positions[token], key, key + width * 4, head_dim)
         runs, scratch = i64(p[P_RUNS]), p[P_SCORES] + thread * p[P_SCORES_STRIDE] * 4
+        if short:
+            for i in range(p[P_N_KEEP]):
+                token = i64(p[P_KEEP])[i]
+                place = find(layer, sequences[token] * n_head + head, n_positions, head_dim)
+                q, z = p[P_Y] + (token * y_stride + begin) * 4, p[P_Z] + (i * z_stride + begin) * 4
+                attend(q, place, positions[token] + 1, head_dim, scratch, z)
+            return
         for run in range(p[P_N_RUNS]):
             first, n = runs[run], runs[run + 1] - runs[run]
             place = find(layer, sequences[first] * n_head + head, n_positions, head_dim)
@@ -212,7 +220,7 @@ def _add_kind(name: str, find: Any, append: Any, score: Any, mix: Any, floats: A
                 for i in range(n):
                     attend(q + i * y_stride * 4, place, seen + i, head_dim, scratch, z + i * z_stride * 4)
 
-    entry(4, name=f"attend_{name}")(attend_head)
+    entry(5, name=f"attend_{name}")(attend_head)
 
 
 # f32: as they are

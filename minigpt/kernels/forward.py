@@ -52,6 +52,12 @@ def finish(program, thread, phase, part):
 
 
 @njit(**HELP)
+def is_cut_short(p):
+    """Tell whether the last layer does only the tokens whose logits are wanted; of the others, keys and values."""
+    return p[P_N_KEEP] < min(TILE, p[P_N_TOKENS])
+
+
+@njit(**HELP)
 def take_input(program, thread, phase, n_tokens, source, stride, gain, bias, matrix):
     """Make the activations that a matrix takes: LayerNorm if there is a gain, integers if the matrix wants them.
 
@@ -126,18 +132,17 @@ def embed(program, thread, phase):
     return finish(program, thread, phase, LAP_EMBEDDING)
 
 
-# The rows of a matrix are shared out in chunks; `use(p, y, bias, begin, end)` takes the products of a chunk while they
-# are in the cache. They lie together in Y, y [n_tokens, end - begin]: spread over its rows they would meet in few sets.
+# The rows of a matrix are shared out in chunks; `use(p, n_tokens, y, bias, begin, end)` takes the products of a chunk
+# while they are in the cache. They lie together in Y, y [n_tokens, end - begin]: in its rows they would share sets.
 
 
 def _linear(use):
-    """Return `linear(program, thread, phase, x, matrix, bias, part)`: the whole matrix times x, chunk by chunk."""
+    """Return `linear(program, thread, phase, n_tokens, x, matrix, bias, part)`: the matrix times x, chunk by chunk."""
 
     @njit(**HELP)
-    def linear(program, thread, phase, x, matrix, bias, part):
+    def linear(program, thread, phase, n_tokens, x, matrix, bias, part):
         never_inline()
         p, n_out = i64(program), i64(matrix)[W_N_OUT]
-        n_tokens = p[P_N_TOKENS]
         step = rows_of_chunk(p, matrix, n_tokens)
         n_chunks = (n_out + step - 1) // step
         chunk = take_chunk(p[P_TEAM], phase, n_chunks)
@@ -148,7 +153,7 @@ def _linear(use):
             else:
                 y = p[P_Y] + begin * n_tokens * 4
                 multiply(matrix, x, y - begin * 4, end - begin, n_tokens, begin, end)
-                use(p, y, bias, begin, end)
+                use(p, n_tokens, y, bias, begin, end)
             chunk = next_chunk(p[P_TEAM], phase, n_chunks)
         return finish(program, thread, phase, part)
 
@@ -160,9 +165,9 @@ products = _linear(None)  # Y = W x, without the bias
 
 @_linear
 @njit(**HELP)
-def add_products(p, y, bias, begin, end):
+def add_products(p, n_tokens, y, bias, begin, end):
     """X += W x + bias."""
-    for token in range(p[P_N_TOKENS]):
+    for token in range(n_tokens):
         x, products = f32(p[P_X] + (token * p[P_N_EMBD] + begin) * 4), f32(y + token * (end - begin) * 4)
         for i in range(end - begin):
             x[i] += products[i] + f32(bias)[begin + i]
@@ -170,61 +175,77 @@ def add_products(p, y, bias, begin, end):
 
 @_linear
 @njit(**HELP)
-def activate_products(p, y, bias, begin, end):
+def activate_products(p, n_tokens, y, bias, begin, end):
     """Z = activation_function(W x + bias)."""
-    for token in range(p[P_N_TOKENS]):
+    for token in range(n_tokens):
         z = p[P_Z] + (token * p[P_Z_STRIDE] + begin) * 4
         activate(p[P_ACTIVATION], y + token * (end - begin) * 4, bias + begin * 4, z, end - begin)
 
 
 @njit(**HELP)
-def attention(program, layer, thread, phase):
-    """Z = attention(c_attn(ln_1(x))); the kernel of the cache's kind does what follows the products, head by head."""
+def attention(program, layer, thread, phase, short):
+    """Z = attention(c_attn(ln_1(x))); the kernel of the cache's kind does what follows the products, head by head.
+
+    If it is cut short, the tokens to keep come to the front, of Z and of X.
+    """
     p, block = i64(program), i64(layer)
+    n_tokens, n_head = p[P_N_TOKENS], block[L_N_HEAD]
     x, phase = take_input(
-        program, thread, phase, p[P_N_TOKENS], p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_1], block[L_LN_1_BIAS], block[L_C_ATTN]
     )
-    phase = products(program, thread, phase, x, block[L_C_ATTN], 0, LAP_C_ATTN)
-    head = take_chunk(p[P_TEAM], phase, block[L_N_HEAD])
-    while head >= 0:
-        call_attend(p[P_ATTEND], (program, layer, thread, head))
-        head = next_chunk(p[P_TEAM], phase, block[L_N_HEAD])
+    phase = products(program, thread, phase, n_tokens, x, block[L_C_ATTN], 0, LAP_C_ATTN)
+    n_chunks = n_head + 1 if short else n_head
+    chunk = take_chunk(p[P_TEAM], phase, n_chunks)
+    while chunk >= 0:
+        if chunk < n_head:
+            call_attend(p[P_ATTEND], (program, layer, thread, chunk, int64(short)))
+        else:
+            move_kept(p)
+        chunk = next_chunk(p[P_TEAM], phase, n_chunks)
     return finish(program, thread, phase, LAP_ATTENTION)
 
 
 @njit(**HELP)
-def add_projection(program, thread, phase, matrix, bias, part):
-    """X += c_proj(z) + bias, the end of both halves of a block."""
-    never_inline()
-    p = i64(program)
-    x, phase = take_input(program, thread, phase, p[P_N_TOKENS], p[P_Z], p[P_Z_STRIDE], 0, 0, matrix)
-    return add_products(program, thread, phase, x, matrix, bias, part)
+def move_kept(p):
+    """Move the rows of X that are to be kept, which ascend, to its front."""
+    n_embd = p[P_N_EMBD]
+    for i in range(p[P_N_KEEP]):
+        source, to = f32(p[P_X] + i64(p[P_KEEP])[i] * n_embd * 4), f32(p[P_X] + i * n_embd * 4)
+        for j in range(n_embd):
+            to[j] = source[j]
 
 
 @njit(**HELP)
-def mlp_hidden(program, layer, thread, phase):
+def add_projection(program, thread, phase, n_tokens, matrix, bias, part):
+    """X += c_proj(z) + bias, the end of both halves of a block."""
+    never_inline()
+    p = i64(program)
+    x, phase = take_input(program, thread, phase, n_tokens, p[P_Z], p[P_Z_STRIDE], 0, 0, matrix)
+    return add_products(program, thread, phase, n_tokens, x, matrix, bias, part)
+
+
+@njit(**HELP)
+def mlp_hidden(program, layer, thread, phase, n_tokens):
     """Z = activation_function(c_fc(ln_2(x)))."""
     p, block = i64(program), i64(layer)
     x, phase = take_input(
-        program, thread, phase, p[P_N_TOKENS], p[P_X], p[P_N_EMBD], block[L_LN_2], block[L_LN_2_BIAS], block[L_C_FC]
+        program, thread, phase, n_tokens, p[P_X], p[P_N_EMBD], block[L_LN_2], block[L_LN_2_BIAS], block[L_C_FC]
     )
-    return activate_products(program, thread, phase, x, block[L_C_FC], block[L_C_FC_BIAS], LAP_C_FC)
+    return activate_products(program, thread, phase, n_tokens, x, block[L_C_FC], block[L_C_FC_BIAS], LAP_C_FC)
 
 
 @njit(**HELP)
 def logits(program, thread, phase):
-    """Logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of z first."""
+    """Logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of x if they are not there."""
     p = i64(program)
-    n_keep, n_embd, matrix = p[P_N_KEEP], p[P_N_EMBD], p[P_LM_HEAD]
-    chunk = take_chunk(p[P_TEAM], phase, 1)
-    while chunk >= 0:
-        for i in range(n_keep):
-            x, z = f32(p[P_X] + i64(p[P_KEEP])[i] * n_embd * 4), f32(p[P_Z] + i * p[P_Z_STRIDE] * 4)
-            for j in range(n_embd):
-                z[j] = x[j]
-        chunk = next_chunk(p[P_TEAM], phase, 1)
-    phase = finish(program, thread, phase, LAP_LM_HEAD)
-    x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
+    n_keep, matrix = p[P_N_KEEP], p[P_LM_HEAD]
+    if not is_cut_short(p):
+        chunk = take_chunk(p[P_TEAM], phase, 1)
+        while chunk >= 0:
+            move_kept(p)
+            chunk = next_chunk(p[P_TEAM], phase, 1)
+        phase = finish(program, thread, phase, LAP_LM_HEAD)
+    x, phase = take_input(program, thread, phase, n_keep, p[P_X], p[P_N_EMBD], p[P_LN_F], p[P_LN_F_BIAS], matrix)
     rough = p[P_SCREEN] and n_keep < TILE
     n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_keep)
     n_chunks = (n_out + step - 1) // step
@@ -249,7 +270,7 @@ def refine(program, thread, phase, step, n_chunks):
     p = i64(program)
     n_keep, matrix, n_out = p[P_N_KEEP], p[P_LM_HEAD], i64(p[P_LM_HEAD])[W_N_OUT]
     # again, for a thread that came too late to make it for the phase before
-    x, phase = take_input(program, thread, phase, n_keep, p[P_Z], p[P_Z_STRIDE], p[P_LN_F], p[P_LN_F_BIAS], matrix)
+    x, phase = take_input(program, thread, phase, n_keep, p[P_X], p[P_N_EMBD], p[P_LN_F], p[P_LN_F_BIAS], matrix)
     chunk = take_chunk(p[P_TEAM], phase, n_chunks)
     while chunk >= 0:
         known = p[P_SCREEN] + chunk * S_SIZE * 4
@@ -276,9 +297,13 @@ def forward(program, thread):
     for i in range(p[P_N_LAYER]):
         layer = p[P_LAYERS] + i * L_SIZE * 8
         block = i64(layer)
-        phase = attention(program, layer, thread, phase)
-        phase = add_projection(program, thread, phase, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS], LAP_ATTN_C_PROJ)
-        phase = mlp_hidden(program, layer, thread, phase)
-        phase = add_projection(program, thread, phase, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS], LAP_MLP_C_PROJ)
+        short = i == p[P_N_LAYER] - 1 and is_cut_short(p)
+        n = p[P_N_KEEP] if short else p[P_N_TOKENS]
+        phase = attention(program, layer, thread, phase, short)
+        phase = add_projection(
+            program, thread, phase, n, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS], LAP_ATTN_C_PROJ
+        )
+        phase = mlp_hidden(program, layer, thread, phase, n)
+        phase = add_projection(program, thread, phase, n, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS], LAP_MLP_C_PROJ)
     if p[P_N_KEEP]:
         logits(program, thread, phase)

@@ -71,7 +71,7 @@ def _call(n_arguments: int) -> Any:
     return call
 
 
-call_screen, call_matmul, call_attend, call_rows, call_entry = _call(9), _call(7), _call(4), _call(3), _call(2)
+call_screen, call_matmul, call_attend, call_rows, call_entry = _call(9), _call(7), _call(5), _call(3), _call(2)
 
 
 @instruction(void, int64, types.UniTuple(int64, 2))
