@@ -300,10 +300,13 @@ def forward(program, thread):
         short = i == p[P_N_LAYER] - 1 and is_cut_short(p)
         n = p[P_N_KEEP] if short else p[P_N_TOKENS]
         phase = attention(program, layer, thread, phase, short)
-        phase = add_projection(
-            program, thread, phase, n, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS], LAP_ATTN_C_PROJ
-        )
-        phase = mlp_hidden(program, layer, thread, phase, n)
-        phase = add_projection(program, thread, phase, n, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS], LAP_MLP_C_PROJ)
+        if n:
+            phase = add_projection(
+                program, thread, phase, n, block[L_ATTN_C_PROJ], block[L_ATTN_C_PROJ_BIAS], LAP_ATTN_C_PROJ
+            )
+            phase = mlp_hidden(program, layer, thread, phase, n)
+            phase = add_projection(
+                program, thread, phase, n, block[L_MLP_C_PROJ], block[L_MLP_C_PROJ_BIAS], LAP_MLP_C_PROJ
+            )
     if p[P_N_KEEP]:
         logits(program, thread, phase)

@@ -38,28 +38,36 @@ WIDTH = VECTOR // 2  # codes that become a vector of int16
 UNROLLED = 4  # accumulators, which hide the latency of the multiply-add
 
 
-@instruction(int32, int64, int64, int64)
-def dot_i8(b: Any, w: Any, x: Any, n: Any) -> Any:
-    """Return the int32 sum of w[i] * x[i], int8 times int16, over the whole times WIDTH in n."""
-    totals = accumulators(b, vector_of(I32, WIDTH // 2), UNROLLED)
+def _dot(ahead: bool) -> Any:
+    """Return `dot(w, x, n)`: the int32 sum of w[i] * x[i], int8 times int16, over the whole times WIDTH in n."""
 
-    def step(start: Any, total: Any) -> None:
-        codes = b.sext(load(b, b.add(w, start), vector_of(I8, WIDTH)), vector_of(I16, WIDTH))
-        activations = load(b, advance(b, x, start, 2), codes.type)
-        b.store(add_pairs(b, codes, activations, b.load(total)), total)
+    @instruction(int32, int64, int64, int64)
+    def dot(b: Any, w: Any, x: Any, n: Any) -> Any:
+        totals = accumulators(b, vector_of(I32, WIDTH // 2), UNROLLED)
 
-    blocks = b.udiv(n, word(WIDTH * UNROLLED))
-    with cgutils.for_range(b, blocks) as loop:
-        start = b.mul(loop.index, word(WIDTH * UNROLLED))
-        if REGISTERS == 16:  # AVX-512 comes close to what memory gives by itself; ARM was not measured
-            prefetch_pages(b, b.add(w, start))
-        for i, total in enumerate(totals):
-            step(b.add(start, word(i * WIDTH)), total)
-    rest = b.mul(blocks, word(UNROLLED))
-    with cgutils.for_range(b, b.sub(b.udiv(n, word(WIDTH)), rest)) as loop:
-        step(b.mul(b.add(loop.index, rest), word(WIDTH)), totals[0])
-    first, *others = (b.load(total) for total in totals)
-    return sum_lanes(b, reduce(b.add, others, first))
+        def step(start: Any, total: Any) -> None:
+            codes = b.sext(load(b, b.add(w, start), vector_of(I8, WIDTH)), vector_of(I16, WIDTH))
+            activations = load(b, advance(b, x, start, 2), codes.type)
+            b.store(add_pairs(b, codes, activations, b.load(total)), total)
+
+        blocks = b.udiv(n, word(WIDTH * UNROLLED))
+        with cgutils.for_range(b, blocks) as loop:
+            start = b.mul(loop.index, word(WIDTH * UNROLLED))
+            if ahead:
+                prefetch_pages(b, b.add(w, start))
+            for i, total in enumerate(totals):
+                step(b.add(start, word(i * WIDTH)), total)
+        rest = b.mul(blocks, word(UNROLLED))
+        with cgutils.for_range(b, b.sub(b.udiv(n, word(WIDTH)), rest)) as loop:
+            step(b.mul(b.add(loop.index, rest), word(WIDTH)), totals[0])
+        first, *others = (b.load(total) for total in totals)
+        return sum_lanes(b, reduce(b.add, others, first))
+
+    return dot
+
+
+dot_cached = _dot(ahead=False)
+dot_streamed = _dot(ahead=REGISTERS == 16)  # AVX-512 comes close to what memory gives by itself; ARM was not measured
 
 
 def row_by_row(read: Any, dot: Any) -> Any:
@@ -84,8 +92,8 @@ def row_by_row(read: Any, dot: Any) -> Any:
 # scratch, and how far a row is from the next; `part` is the field of the descriptor that has the scales.
 
 
-def codes_by_row(unpack: Any, part: int) -> Any:
-    """Return `few`."""
+def codes_by_row(unpack: Any, part: int, dot_i8: Any) -> Any:
+    """Return `few`; dot_i8 is `dot_streamed` where codes lie in the file, `dot_cached` where they are unpacked."""
 
     @njit(**INLINE)
     def read(w, row, scratch):
@@ -131,7 +139,11 @@ def rows_int8(w, row, y):
 
 
 # Parts: codes [n_out, n_in], scales [n_out]
-add_encoding("int8", matmul_of(codes_by_row(unpack_int8, W_PART_1), codes_by_panel(unpack_int8, W_PART_1)), rows_int8)
+add_encoding(
+    "int8",
+    matmul_of(codes_by_row(unpack_int8, W_PART_1, dot_streamed), codes_by_panel(unpack_int8, W_PART_1)),
+    rows_int8,
+)
 
 
 # A scale for each group of columns. Tiles are of floats: one scale a row would lose what the groups are for.

@@ -12,9 +12,9 @@ from numba import njit
 from numba.core import cgutils
 
 from minigpt.kernels.entry import HELP, add_encoding, float32, instruction, int32, int64, void
-from minigpt.kernels.int8 import WIDTH, codes_by_panel, codes_by_row
+from minigpt.kernels.int8 import WIDTH, codes_by_panel, codes_by_row, dot_cached
 from minigpt.kernels.intrinsics import f32, i8, i64, u8, u16, u32
-from minigpt.kernels.target import DEPOSITS, EXPANDS
+from minigpt.kernels.target import DEPOSITS, EXPANDS, SHUFFLES
 from minigpt.kernels.tiles import matmul_of
 from minigpt.kernels.vectors import (
     I8,
@@ -80,15 +80,57 @@ def _spread(b: Any, mask: Any, packed: Any) -> Any:
     return call_own(b, f"x86.avx512.mask.expand.v{n}i8", kind, packed, ir.Constant(kind, None), b.bitcast(mask, bits))
 
 
+EVERY = 0x0101010101010101  # byte of a word
+AHEAD = 2048  # bytes that are asked for before their turn
+
+
+def _places(mask: int) -> int:
+    """Return, for each bit of a mask, which of the packed bytes belongs there, or 0x80 where none does: 8 bytes."""
+    return sum((bin(mask & (1 << i) - 1).count("1") if mask >> i & 1 else 0x80) << 8 * i for i in range(8))
+
+
+def _spread_by_shuffles(b: Any, mask: Any, at: Any, most: float) -> tuple[Any, Any]:
+    """Do what `_spread` does for 32 bits and the bytes at an address; return the address of those that follow, too."""
+    table, kind = [_places(mask) for mask in range(256)], vector_of(I8, 16)
+    places = b.ptrtoint(cgutils.global_constant(b, "places", ir.Constant(ir.ArrayType(I64, 256), table)), I64)
+    masks = [b.and_(b.lshr(b.zext(mask, I64), word(8 * i)), word(255)) for i in range(4)]
+    indices = [load(b, advance(b, places, bits, 8), I64, 8) for bits in masks]
+    if most < 1:  # as many for each mask: all from one vector
+        n = int(8 * most)
+        halves = [load(b, at, kind)] * 2
+        counts = [word(n)] * 4
+        offsets = ir.Constant(vector_of(I64, 4), [n * i * EVERY for i in range(4)])
+    else:
+        counts = [b.ctpop(bits) for bits in masks]
+        halves = [load(b, at, kind), load(b, b.add(at, b.add(counts[0], counts[1])), kind)]
+        indices[1], indices[3] = (b.add(indices[i], b.mul(counts[i - 1], word(EVERY))) for i in (1, 3))
+        offsets = ir.Constant(vector_of(I64, 4), None)
+    index = ir.Constant(offsets.type, ir.Undefined)
+    for i, word_of_bytes in enumerate(indices):
+        index = b.insert_element(index, word_of_bytes, ir.Constant(I32, i))
+    both = shuffle(b, *halves, list(range(32)))
+    spread = call_own(b, "x86.avx2.pshuf.b", both.type, both, b.bitcast(b.add(index, offsets), both.type))
+    return spread, b.add(at, b.add(b.add(counts[0], counts[1]), b.add(counts[2], counts[3])))
+
+
 def _expand(most: float) -> Any:
     """Return `expand(bits, values, n, codes)`: undo a bitmap of n columns, a multiple of 32, into int8 codes.
 
-    At most this share of the columns are kept: more values are not read.
+    At most this share of the columns are kept, if it is not 1 exactly: more values are not read.
     """
 
     @instruction(void, *[int64] * 4)
     def expand(b: Any, bits: Any, values: Any, n: Any, codes: Any) -> None:
         values = cgutils.alloca_once_value(b, values)
+        if SHUFFLES:
+            with cgutils.for_range(b, b.udiv(n, word(32))) as loop:
+                mask = load(b, advance(b, bits, loop.index, 4), I32)
+                at = b.load(values)
+                prefetch(b, advance(b, at, AHEAD))
+                spread, at = _spread_by_shuffles(b, mask, at, most)
+                store(b, spread, advance(b, codes, loop.index, 32))
+                b.store(at, values)
+            return
         done = word(0)
         for columns in (64, 32) if EXPANDS else (8,):
             steps = b.udiv(b.sub(n, done), word(columns))
@@ -128,7 +170,7 @@ def _add_masked(name: str, find: Any, expand: Any, part: int) -> None:
             y[i] = float32(values[place]) * scale if kept else float32(0)
             place += kept
 
-    add_encoding(name, matmul_of(codes_by_row(unpack, part), codes_by_panel(unpack, part)), rows)
+    add_encoding(name, matmul_of(codes_by_row(unpack, part, dot_cached), codes_by_panel(unpack, part)), rows)
 
 
 @njit(**HELP)
@@ -152,7 +194,6 @@ _add_masked("nm_int8", find_nm, _expand(0.5), W_PART_2)
 # Blocks: pointers [n_out + 1], columns [n_blocks], codes [n_blocks, 32], scales [n_out]
 
 
-AHEAD = 2048  # bytes of codes that are asked for before their turn
 ROOM = 8192  # bytes of sums, a part of the L1 cache
 LANES = WIDTH // 4  # of a sum, half of what is added to: the less is written, the more reading goes on meanwhile
 
