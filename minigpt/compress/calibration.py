@@ -8,6 +8,7 @@ one block's intermediates exist. Everything is deterministic. No step is here.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -339,7 +340,7 @@ def collect(checkpoint: Checkpoint, calibration: Calibration, grams: bool = Fals
 
 def final_hidden(checkpoint: Checkpoint, windows: Ids) -> Floats:
     """Return what the head multiplies: [n_windows, window] -> [n_windows * window, n_embd]."""
-    *_, x = residuals(checkpoint, windows)
+    (x,) = deque(residuals(checkpoint, windows), maxlen=1)  # none of the earlier streams is kept
     return last_norm(checkpoint, x)
 
 
