@@ -15,7 +15,7 @@ from pathlib import Path
 
 import models
 import numpy as np
-from engines import ENGINES, OURS
+from engines import ENGINES, KINDS, OURS
 
 from minigpt import checkpoint as mgpt
 from minigpt.compress import STEPS
@@ -45,11 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models.FOLDER = Path(folder)
         export(checkpoint, models.FOLDER / f"{options.size}-huggingface")
-        mgpt.save(checkpoint, models.FOLDER / f"{options.size}-f32.mgpt")
-        for encoding in ("int8", "int4"):
-            mgpt.save(
-                STEPS["quantize"](checkpoint, encoding=encoding), models.FOLDER / f"{options.size}-{encoding}.mgpt"
-            )
+        for kind in KINDS:  # each of them: a missing file would be made of random weights
+            ours = models.FOLDER / f"{options.size}-{kind}.mgpt"
+            mgpt.save(STEPS["quantize"](checkpoint, encoding=kind), ours)
         print(f"| {len(prompts)} prompts of {options.tokens} tokens | the same token | error |\n|---|---|---|")
         expected = choices(OURS["f32"], options.size, prompts)
         for name in options.engines:

@@ -189,7 +189,7 @@ def main() -> None:
         "Speed of a matrix times a vector from memory, and bytes, dense int8 = 1. Made by "
         f"`python benchmarks/sparsity.py --threads {options.threads} --rounds {options.rounds}` "
         f"on {date.today():%d %B %Y}, {processor()}.\n\n"
-        "- A bitmap is undone row by row into the L1 cache (`vpexpandb`, `vpshufb` by a table, `pdep`) and multiplied "
+        "- A bitmap is undone row by row into the L1 cache (`vpexpandb`, `vpshufb` by a table) and multiplied "
         "like a dense row. With AVX-512 VBMI2 the bytes that are not read pay for it from 20 to 40 % zeros; without, "
         "dense rows remain faster, and `expand=True` makes them dense when the model is loaded.\n"
         "- 4 of 8 has the bytes of a bitmap at 50 %, and no row needs an offset.\n"

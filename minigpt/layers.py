@@ -21,6 +21,7 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Weights = Mapping[str, Weight]
 Run = tuple[slice, int, int]  # tokens of a batch that stand next to each other | their sequence | first position
+ALL = slice(None)
 
 
 def runs(sequence_of: Ids, positions: Ids) -> list[Run]:
@@ -47,9 +48,6 @@ def layer_norm(weights: Weights, name: str, x: Floats, epsilon: float) -> Floats
 def linear(weights: Weights, name: str, x: Floats) -> Floats:
     """Apply the affine map called `name`: [n_tokens, n_in] -> [n_tokens, n_out]."""
     return weights[f"{name}.weight"].matmul(x) + vector(weights, f"{name}.bias")
-
-
-ALL = slice(None)
 
 
 def attention(
@@ -107,8 +105,7 @@ def block(
 ) -> Floats:
     """One transformer block, pre-LayerNorm: [n_tokens, n_embd] -> [n_keep, n_embd]."""
     epsilon = config.layer_norm_epsilon
-    a = attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch, keep)
-    x = x[keep] + a
+    x = x[keep] + attention(weights, config, i, layer_norm(weights, f"h.{i}.ln_1", x, epsilon), k, v, batch, keep)
     return x + mlp(weights, config, i, layer_norm(weights, f"h.{i}.ln_2", x, epsilon))
 
 

@@ -76,7 +76,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_N_RUNS,
     P_RUNS,  # int64 [n_runs + 1]: run i is the tokens RUNS[i]..RUNS[i + 1], neighbours in one sequence
     P_N_KEEP,
-    P_KEEP,  # int64 [n_keep]: the tokens whose logits are wanted
+    P_KEEP,  # int64 [n_keep]: the tokens whose logits are wanted, ascending
     P_LOGITS,  # float32 [n_keep, vocab_size]
     P_SCREEN,  # float32 [chunks of the head, S_SIZE]: only logits near the highest are wanted exact; or 0: all are
     P_MARGIN,  # bits of a float32: how far below the highest they are still wanted exact

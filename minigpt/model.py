@@ -82,7 +82,7 @@ class GPT2:
         Raises
         ------
         OptionError
-            If an id, a sequence or an index to keep is out of range, or there is no token at all.
+            If an id, a sequence or an index to keep is out of range, these do not ascend, or there is no token at all.
         ContextError
             If a sequence would become longer than `n_positions`; the cache is left as it was.
         """
@@ -99,11 +99,7 @@ class GPT2:
         spans = [np.arange(first, first + run.stop - run.start) for run, _, first in runs]
         positions = np.concatenate(spans) if len(spans) > 1 else spans[0]
         wanted = np.asarray([run.stop - 1 for run, *_ in runs] if keep is None else keep, np.int64)
-        if (
-            keep is not None
-            and len(wanted)
-            and (wanted[0] < 0 or wanted[-1] >= len(tokens) or np.diff(wanted).min(initial=0) < 0)
-        ):
+        if keep is not None and (np.diff(wanted, prepend=-1, append=len(tokens)) <= 0).any():
             raise OptionError(f"tokens to keep must ascend within 0..{len(tokens) - 1}, not {wanted.tolist()[:9]}")
         compute = self._run_numpy if self._program is None else self._program.run
         parts = []

@@ -79,7 +79,7 @@ class Program:
         cache : KVCache
             Its lengths are left to the caller, its arrays must stay the same.
         keep : ndarray of shape (n_keep,), dtype=int64
-            The tokens whose logits are wanted.
+            The tokens whose logits are wanted, ascending.
         margin : float, optional
             See `GPT2.forward`.
 

@@ -74,18 +74,27 @@ def test_both_backends_agree(encoding, monkeypatch):
     np.testing.assert_allclose(compiled, minigpt.MiniGPT(checkpoint).logits(ids), atol=1e-4)
 
 
-@pytest.mark.skipif(ops.backend() == "numpy", reason="needs numba")
-def test_a_processor_without_wide_vectors(tmp_path):
-    code = """
+NARROWER = """
 import test_program
 from minigpt import kernels
-assert kernels.VECTOR == 16 and not kernels.BYTES
-for encoding in ("int8", "int4", "f16", "bitmap_int8"):
+assert kernels.VECTOR == {vector} and not kernels.BYTES
+for encoding in ("int8", "int4", "f16", "bitmap_int8", "nm_int8"):
     test_program.test_forward_equals_numpy(encoding, 2)
 print("equal")
 """
-    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "PYTHONPATH": str(Path(__file__).parent)}
-    found = run("-c", code, MINIGPT_CACHE_DIR=str(tmp_path), **generic)
+AVX2 = "+avx2,+avx,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2,+ssse3"
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="needs numba")
+@pytest.mark.parametrize(("name", "features", "vector"), [("generic", "", 16), ("haswell", AVX2, 32)])
+def test_a_processor_with_narrower_vectors(name, features, vector, tmp_path):
+    if vector == 32:
+        from minigpt import kernels
+
+        if kernels.VECTOR != 64:
+            pytest.skip("only where vectors are wider: elsewhere the other tests run this, or nothing can")
+    narrower = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "PYTHONPATH": str(Path(__file__).parent)}
+    found = run("-c", NARROWER.format(vector=vector), MINIGPT_CACHE_DIR=str(tmp_path), **narrower)
     assert (found.returncode, found.stdout) == (0, "equal\n"), found.stderr
 
 

@@ -117,16 +117,20 @@ def test_a_row_is_the_same_in_any_chunk(encoding, n_in):
         np.testing.assert_array_equal(pieces, whole)
 
 
+@pytest.mark.parametrize("n_tokens", [1, kernels.TILE])
 @pytest.mark.parametrize("encoding", COMPILED)
-def test_extreme_codes_do_not_overflow(encoding):
+def test_extreme_codes_do_not_overflow(encoding, n_tokens):
     n_in = 8192
     ones = np.ones((2, n_in))
     w = encode(ones * (np.arange(n_in) % 2) if encoding.startswith("nm") else ones, encoding)
     record = describe(w)
-    memory, meant = activations(np.full((1, n_in), 3, np.float32), record[layout.W_LEVELS])
-    y = np.zeros((1, 2), np.float32)
+    x = np.full((n_tokens, n_in), 3, np.float32)
+    memory, meant = activations(x, record[layout.W_LEVELS])
+    if encoding.startswith("int8_g") and n_tokens >= kernels.TILE:  # tiles of floats
+        meant = x
+    y = np.zeros((n_tokens, 2), np.float32)
     matmul = ops.kernel(f"matmul_{encoding}").call
-    matmul(record.ctypes.data, memory.record.ctypes.data, y.ctypes.data, 2, 1, 0, 2)
+    matmul(record.ctypes.data, memory.record.ctypes.data, y.ctypes.data, 2, n_tokens, 0, 2)
     np.testing.assert_allclose(y, meant @ w.decode().T, rtol=1e-4)
 
 
@@ -165,6 +169,32 @@ def test_exp_is_accurate():
 
     compiled(run, 3)(x.ctypes.data, y.ctypes.data, len(x))
     np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=3e-7)
+
+
+@pytest.mark.skipif(not kernels.BYTE_PAIRS, reason="tiles of this processor take int16")
+@pytest.mark.parametrize("n_in", [1, 63, 64, 97, 768])
+def test_activations_rounded_to_bytes(n_in):
+    x = np.random.default_rng(n_in).standard_t(2, size=(20, n_in)).astype(np.float32)  # outliers, neighbours too
+    x[0], x[1] = 3, -5
+    memory, meant = activations(x, 127)
+    scales, width = memory._group_scales.copy(), memory.record[layout.X_STRIDE]
+    memory._group_scales[:], memory._codes[:] = 7, 7
+
+    def run(record, n_tokens, n):
+        for token in range(n_tokens):
+            elementwise.quantize_to_bytes(record, token, n)
+
+    compiled(run, 3)(memory.record.ctypes.data, len(x), n_in)
+    n_groups = -(-n_in // kernels.GROUP)
+    codes = memory._codes.view(np.int8).reshape(-1)[: len(x) * width].reshape(len(x), width).astype(int)
+    codes, steps = codes[:, : n_groups * kernels.GROUP], memory._group_scales[:, :n_groups]
+    np.testing.assert_allclose(steps, scales[:, :n_groups], rtol=1e-6)
+    off = codes[:, :n_in] * steps.repeat(kernels.GROUP, axis=1)[:, :n_in] - meant
+    assert (np.abs(off) <= 1.001 * steps.repeat(kernels.GROUP, axis=1)[:, :n_in]).all()  # a tie the other way
+    assert (codes[:, n_in:] == 0).all()
+    assert np.abs(codes).max() <= 127
+    if not kernels.BYTES:  # two products with bytes of 0..255 fit an int16
+        assert np.abs(codes[:, 0::2] + codes[:, 1::2]).max() <= 128
 
 
 @pytest.mark.parametrize("name", layout.ACTIVATION_FUNCTIONS)

@@ -135,11 +135,12 @@ def test_uneven_layers_untied_head_and_every_activation():
         assert np.isfinite(full(gpt2)).all()
 
 
-@pytest.mark.parametrize("keep", [[3, 1], [-1], [0, 40]])
+@pytest.mark.parametrize("keep", [[3, 1], [2, 2], [-1], [0, 40]])
 def test_tokens_to_keep_ascend(gpt2, keep):
     with pytest.raises(OptionError, match=r"ascend within 0\.\.39"):
         gpt2.forward(IDS, KVCache(gpt2.config), keep=keep)
 
 
-def test_what_is_kept_does_not_change_a_token(gpt2):
-    close(gpt2.forward(IDS, KVCache(gpt2.config), keep=[5, 39]), full(gpt2)[[5, 39]], gpt2)
+@pytest.mark.parametrize("keep", [[5, 39], [*range(1, 30)], [*range(40)]])
+def test_what_is_kept_does_not_change_a_token(gpt2, keep):
+    close(gpt2.forward(IDS, KVCache(gpt2.config), keep=keep), full(gpt2)[keep], gpt2)

@@ -52,12 +52,6 @@ def finish(program, thread, phase, part):
 
 
 @njit(**HELP)
-def is_cut_short(p):
-    """Tell whether the last layer does only the tokens whose logits are wanted; of the others, keys and values."""
-    return p[P_N_KEEP] < min(TILE, p[P_N_TOKENS])
-
-
-@njit(**HELP)
 def take_input(program, thread, phase, n_tokens, source, stride, gain, bias, matrix):
     """Make the activations that a matrix takes: LayerNorm if there is a gain, integers if the matrix wants them.
 
@@ -186,7 +180,7 @@ def activate_products(p, n_tokens, y, bias, begin, end):
 def attention(program, layer, thread, phase, short):
     """Z = attention(c_attn(ln_1(x))); the kernel of the cache's kind does what follows the products, head by head.
 
-    If it is cut short, the tokens to keep come to the front, of Z and of X.
+    If it is cut short, only the tokens to keep are done, and come to the front of Z and of X.
     """
     p, block = i64(program), i64(layer)
     n_tokens, n_head = p[P_N_TOKENS], block[L_N_HEAD]
@@ -236,15 +230,9 @@ def mlp_hidden(program, layer, thread, phase, n_tokens):
 
 @njit(**HELP)
 def logits(program, thread, phase):
-    """Logits = lm_head(ln_f(x)) of the tokens to keep, which are moved to the front of x if they are not there."""
+    """Logits = lm_head(ln_f(x)) of the tokens to keep, which the last layer has put to the front."""
     p = i64(program)
     n_keep, matrix = p[P_N_KEEP], p[P_LM_HEAD]
-    if not is_cut_short(p):
-        chunk = take_chunk(p[P_TEAM], phase, 1)
-        while chunk >= 0:
-            move_kept(p)
-            chunk = next_chunk(p[P_TEAM], phase, 1)
-        phase = finish(program, thread, phase, LAP_LM_HEAD)
     x, phase = take_input(program, thread, phase, n_keep, p[P_X], p[P_N_EMBD], p[P_LN_F], p[P_LN_F_BIAS], matrix)
     rough = p[P_SCREEN] and n_keep < TILE
     n_out, step = i64(matrix)[W_N_OUT], rows_of_chunk(p, matrix, n_keep)
@@ -297,8 +285,8 @@ def forward(program, thread):
     for i in range(p[P_N_LAYER]):
         layer = p[P_LAYERS] + i * L_SIZE * 8
         block = i64(layer)
-        short = i == p[P_N_LAYER] - 1 and is_cut_short(p)
-        n = p[P_N_KEEP] if short else p[P_N_TOKENS]
+        n = p[P_N_KEEP] if i == p[P_N_LAYER] - 1 else p[P_N_TOKENS]
+        short = n < p[P_N_TOKENS]  # of tokens whose logits nobody wants, the last layer has keys and values alone
         phase = attention(program, layer, thread, phase, short)
         if n:
             phase = add_projection(

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from minigpt.kernels.entry import HELP, add_encoding, float32, instruction, int32, int64, void
 from minigpt.kernels.int8 import WIDTH, codes_by_panel, codes_by_row, dot_cached
 from minigpt.kernels.intrinsics import f32, i8, i64, u8, u16, u32
-from minigpt.kernels.target import DEPOSITS, EXPANDS, SHUFFLES
+from minigpt.kernels.target import EXPANDS, SHUFFLES
 from minigpt.kernels.tiles import matmul_of
 from minigpt.kernels.vectors import (
     I8,
@@ -53,11 +53,10 @@ def _moves(mask: int) -> list[int]:
 
 
 def _spread_word(b: Any, mask: Any, packed: Any) -> Any:
-    """Do what `_spread` does for 8 bits, both as words."""
-    if DEPOSITS:
-        kept = b.mul(call_own(b, "x86.bmi.pdep.64", I64, mask, word(0x0101010101010101)), word(255))
-        return call_own(b, "x86.bmi.pdep.64", I64, packed, kept)
-    # in three moves whose masks are looked up (Warren, Hacker's Delight 7-5)
+    """Do what `_spread` does for 8 bits, both as words, in three moves whose masks are looked up.
+
+    Warren, Hacker's Delight 7-5.
+    """
     table = [value for mask in range(256) for value in _moves(mask)]
     moves = cgutils.global_constant(b, "moves", ir.Constant(ir.ArrayType(I64, len(table)), table))
     at = b.add(b.ptrtoint(moves, I64), b.shl(mask, word(5)))
@@ -66,18 +65,6 @@ def _spread_word(b: Any, mask: Any, packed: Any) -> Any:
         moved = b.shl(packed, word(8 * distance))
         packed = b.or_(b.and_(packed, b.not_(selected)), b.and_(moved, selected))
     return b.and_(packed, load(b, advance(b, at, 24), I64, 8))
-
-
-def _spread(b: Any, mask: Any, packed: Any) -> Any:
-    """Put the next of the packed bytes wherever mask has a bit, and 0 elsewhere: a vector of a byte for each bit."""
-    n = mask.type.width
-    kind, bits = vector_of(I8, n), vector_of(ir.IntType(1), n)
-    if not EXPANDS:
-        packed = b.zext(b.bitcast(packed, ir.IntType(8 * packed.type.count)), I64)
-        return b.bitcast(_spread_word(b, b.zext(mask, I64), packed), kind)
-    # from a register: the form that reads memory is microcode on Zen
-    packed = shuffle(b, packed, ir.Constant(packed.type, ir.Undefined), [min(i, packed.type.count) for i in range(n)])
-    return call_own(b, f"x86.avx512.mask.expand.v{n}i8", kind, packed, ir.Constant(kind, None), b.bitcast(mask, bits))
 
 
 EVERY = 0x0101010101010101  # byte of a word
@@ -89,58 +76,65 @@ def _places(mask: int) -> int:
     return sum((bin(mask & (1 << i) - 1).count("1") if mask >> i & 1 else 0x80) << 8 * i for i in range(8))
 
 
-def _spread_by_shuffles(b: Any, mask: Any, at: Any, most: float) -> tuple[Any, Any]:
-    """Do what `_spread` does for 32 bits and the bytes at an address; return the address of those that follow, too."""
+def _spread_by_shuffles(b: Any, mask: Any, at: Any, most: float) -> Any:
+    """Do what `_spread` does for 32 bits: two times 16 bytes, each taken from 16 packed ones."""
     table, kind = [_places(mask) for mask in range(256)], vector_of(I8, 16)
     places = b.ptrtoint(cgutils.global_constant(b, "places", ir.Constant(ir.ArrayType(I64, 256), table)), I64)
     masks = [b.and_(b.lshr(b.zext(mask, I64), word(8 * i)), word(255)) for i in range(4)]
     indices = [load(b, advance(b, places, bits, 8), I64, 8) for bits in masks]
-    if most < 1:  # as many for each mask: all from one vector
-        n = int(8 * most)
-        halves = [load(b, at, kind)] * 2
-        counts = [word(n)] * 4
-        offsets = ir.Constant(vector_of(I64, 4), [n * i * EVERY for i in range(4)])
+    first = load(b, at, kind)
+    if most < 1:  # as many for each mask: all are among the first 16
+        both, offsets = [first, first], [int(8 * most) * i * EVERY for i in range(4)]
     else:
         counts = [b.ctpop(bits) for bits in masks]
-        halves = [load(b, at, kind), load(b, b.add(at, b.add(counts[0], counts[1])), kind)]
+        both, offsets = [first, load(b, b.add(at, b.add(counts[0], counts[1])), kind)], [0] * 4
         indices[1], indices[3] = (b.add(indices[i], b.mul(counts[i - 1], word(EVERY))) for i in (1, 3))
-        offsets = ir.Constant(vector_of(I64, 4), None)
-    index = ir.Constant(offsets.type, ir.Undefined)
-    for i, word_of_bytes in enumerate(indices):
-        index = b.insert_element(index, word_of_bytes, ir.Constant(I32, i))
-    both = shuffle(b, *halves, list(range(32)))
-    spread = call_own(b, "x86.avx2.pshuf.b", both.type, both, b.bitcast(b.add(index, offsets), both.type))
-    return spread, b.add(at, b.add(b.add(counts[0], counts[1]), b.add(counts[2], counts[3])))
+    index = ir.Constant(vector_of(I64, 4), ir.Undefined)
+    for i, of_mask in enumerate(indices):
+        index = b.insert_element(index, of_mask, ir.Constant(I32, i))
+    packed = shuffle(b, *both, list(range(32)))
+    index = b.bitcast(b.add(index, ir.Constant(index.type, offsets)), packed.type)
+    return call_own(b, "x86.avx2.pshuf.b", packed.type, packed, index)
+
+
+def _spread(b: Any, mask: Any, at: Any, most: float) -> Any:
+    """Put the next of the bytes at an address wherever mask has a bit, and 0 elsewhere: a byte for each bit.
+
+    At most this share of the bits are set, exactly so in every 8 if it is not 1: more bytes are not read.
+    """
+    if SHUFFLES:
+        return _spread_by_shuffles(b, mask, at, most)
+    n = mask.type.width
+    packed, kind, bits = load(b, at, vector_of(I8, int(n * most))), vector_of(I8, n), vector_of(ir.IntType(1), n)
+    if not EXPANDS:
+        packed = b.zext(b.bitcast(packed, ir.IntType(8 * packed.type.count)), I64)
+        return b.bitcast(_spread_word(b, b.zext(mask, I64), packed), kind)
+    # from a register: the form that reads memory is microcode on Zen
+    packed = shuffle(b, packed, ir.Constant(packed.type, ir.Undefined), [min(i, packed.type.count) for i in range(n)])
+    return call_own(b, f"x86.avx512.mask.expand.v{n}i8", kind, packed, ir.Constant(kind, None), b.bitcast(mask, bits))
 
 
 def _expand(most: float) -> Any:
     """Return `expand(bits, values, n, codes)`: undo a bitmap of n columns, a multiple of 32, into int8 codes.
 
-    At most this share of the columns are kept, if it is not 1 exactly: more values are not read.
+    `most` is that of `_spread`.
     """
 
     @instruction(void, *[int64] * 4)
     def expand(b: Any, bits: Any, values: Any, n: Any, codes: Any) -> None:
         values = cgutils.alloca_once_value(b, values)
-        if SHUFFLES:
-            with cgutils.for_range(b, b.udiv(n, word(32))) as loop:
-                mask = load(b, advance(b, bits, loop.index, 4), I32)
-                at = b.load(values)
-                prefetch(b, advance(b, at, AHEAD))
-                spread, at = _spread_by_shuffles(b, mask, at, most)
-                store(b, spread, advance(b, codes, loop.index, 32))
-                b.store(at, values)
-            return
         done = word(0)
-        for columns in (64, 32) if EXPANDS else (8,):
+        for columns in (64, 32) if EXPANDS else (32,) if SHUFFLES else (8,):
             steps = b.udiv(b.sub(n, done), word(columns))
             with cgutils.for_range(b, steps) as loop:
                 column = b.add(done, b.mul(loop.index, word(columns)))
                 mask = load(b, b.add(bits, b.lshr(column, word(3))), ir.IntType(columns))
                 at = b.load(values)
-                packed = load(b, at, vector_of(I8, int(columns * most)))
-                store(b, _spread(b, mask, packed), b.add(codes, column))
-                b.store(b.add(at, b.ctpop(b.zext(mask, I64) if columns < 64 else mask)), values)
+                if SHUFFLES:
+                    prefetch(b, advance(b, at, AHEAD))
+                store(b, _spread(b, mask, at, most), b.add(codes, column))
+                count = b.ctpop(b.zext(mask, I64) if columns < 64 else mask)
+                b.store(b.add(at, count if most == 1 else word(int(columns * most))), values)
             done = b.add(done, b.mul(steps, word(columns)))
 
     return expand
