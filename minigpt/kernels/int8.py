@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from minigpt.kernels.entry import HELP, INLINE, add_encoding, float32, instruction, int32, int64
+from minigpt.kernels.entry import EXACT, HELP, INLINE, add_encoding, float32, instruction, int32, int64
 from minigpt.kernels.intrinsics import f32, half, i8, i16, i64, u16
 from minigpt.kernels.target import PANEL, REGISTERS, VECTOR
 from minigpt.kernels.tiles import codes_by_tiles, matmul_of, panel_of_decoded
@@ -76,7 +76,7 @@ def row_by_row(read: Any, dot: Any) -> Any:
     `read(w, row, scratch)` finds or makes what `dot(line, codes, n_in)` wants of a row; codes are a token's int16.
     """
 
-    @njit(**HELP)
+    @njit(**EXACT)  # scales are applied in the same order whatever `dot` is: sparse and dense agree to the bit
     def few(w, x, y, y_stride, n_tokens, row_begin, row_end):
         n_in, x = i64(w)[W_N_IN], i64(x)
         codes, row_bytes, scales, scratch = x[X_CODES], x[X_STRIDE] * 2, f32(x[X_SCALES]), x[X_PANEL]
