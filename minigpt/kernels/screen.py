@@ -7,6 +7,7 @@ Encodings of tables keep such a rough part of themselves: `int8_split` the upper
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from numba import njit
@@ -24,10 +25,10 @@ from minigpt.kernels.vectors import (
     I32,
     ROWS,
     accumulators,
+    add_nibbles,
     add_pairs,
     advance,
     load,
-    multiply_bytes,
     prefetch,
     shuffle,
     store,
@@ -51,28 +52,30 @@ def dot_rough(b: Any, rough: Any, distance: Any, x: Any, n_blocks: Any, y: Any) 
         begin = advance(b, rough, distance, row)
         totals = accumulators(b, vector_of(I32, VECTOR // 4), 2)
         with cgutils.for_range(b, n_blocks) as loop:
+            codes, places = [], []
             for i in range(0, 64, VECTOR):
                 at = advance(b, b.add(begin, b.mul(loop.index, word(64))), i)
                 packed = load(b, at, kind)
                 if AHEAD:
                     prefetch(b, advance(b, at, AHEAD))
-                codes = b.and_(packed, constant(kind, 15)), b.lshr(packed, constant(kind, 4))
-                for part, total, column in zip(codes, totals, (i, 64 + i), strict=True):
-                    at = advance(b, advance(b, x, loop.index, SIZE * COLUMNS), column, SIZE)
-                    b.store(_multiply(b, part, at, b.load(total)), total)
+                codes += [b.and_(packed, constant(kind, 15)), b.lshr(packed, constant(kind, 4))]
+                start = advance(b, x, loop.index, SIZE * COLUMNS)
+                places += [advance(b, start, column, SIZE) for column in (i, 64 + i)]
+            _multiply(b, codes, places, totals)
         rows.append(b.sitofp(b.add(*(b.load(total) for total in totals)), vector_of(F32, VECTOR // 4)))
     store(b, sum_rows(b, rows), y)
 
 
-def _multiply(b: Any, codes: Any, x: Any, total: Any) -> Any:
-    """Add the products of a vector of 4-bit codes, one to a byte, and the activations at x to int32 lanes."""
-    if BYTE_PAIRS:
-        return multiply_bytes(b, codes, load(b, x, codes.type), total)
+def _multiply(b: Any, codes: list[Any], x: list[Any], totals: list[Any]) -> None:
+    """Add the products of vectors of 4-bit codes, one to a byte, and the activations at addresses to int32 lanes."""
     n = VECTOR // 2
-    for i in range(2):
-        part = b.zext(shuffle(b, codes, codes, [n * i + lane for lane in range(n)]), vector_of(I16, n))
-        total = add_pairs(b, part, load(b, advance(b, x, n * i, 2), part.type), total)
-    return total
+    if BYTE_PAIRS:
+        add_nibbles(b, codes, [load(b, at, vector_of(I8, VECTOR)) for at in x], totals)
+        return
+    for part, at, total in zip(codes, x, itertools.cycle(totals), strict=False):
+        for i in range(2):
+            wide = b.zext(shuffle(b, part, part, [n * i + lane for lane in range(n)]), vector_of(I16, n))
+            b.store(add_pairs(b, wide, load(b, advance(b, at, n * i, 2), wide.type), b.load(total)), total)
 
 
 @njit(**HELP)
