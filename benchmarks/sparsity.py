@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from test_kernel_speed import Vector, shape_of
 
-from minigpt import layout, ops
+from minigpt import ops
 from minigpt.encodings import Weight, encode
 from minigpt.program import describe
 
@@ -63,7 +63,10 @@ class Pass:
         rng = np.random.default_rng(1)
         self.y = [np.zeros(len(w), np.float32) for w in matrices]
         x = [rng.standard_normal(w.shape[1], np.float32) for w in matrices]
-        self.owners = descriptors, [[Vector(v, _levels(descriptors[0])) for v in x] for _ in range(n_threads)]
+        self.owners = (
+            descriptors,
+            [[Vector(v, w, d) for v, w, d in zip(x, weights, descriptors, strict=False)] for _ in range(n_threads)],
+        )
         self.kernel = ops.kernel(f"matmul_{encoding}").address
         self.jobs = []
         for thread, vectors in enumerate(self.owners[1]):
@@ -96,10 +99,6 @@ def runner():
             call_matmul(kernel, arguments)
 
     return cfunc(types.void(types.int64, types.int64, types.int64))(run_all).ctypes
-
-
-def _levels(descriptor: np.ndarray) -> int:
-    return int(descriptor[layout.W_LEVELS])
 
 
 def measure(size: str, n_threads: int, rounds: int) -> list[dict]:

@@ -6,14 +6,15 @@ model would overflow; each thread does its share of the rows.
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import models
 import numpy as np
 import pytest
 
-from minigpt import encodings, layout, ops
-from minigpt.program import PANEL, TILE, aligned, describe
+from minigpt import encodings, layout, ops, reference
+from minigpt.program import PANEL, TILE, Activations, aligned, describe
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
 pytestmark = [
@@ -29,25 +30,29 @@ def shape_of(matrix: str, size: str) -> tuple[int, int]:
 
 
 class Vector:
-    """One token's activations, and the record in which a kernel takes them."""
+    """One token's activations as a matrix takes them, and the record in which its kernel finds them."""
 
-    def __init__(self, x: np.ndarray, levels: int) -> None:
+    def __init__(self, x: np.ndarray, weight: encodings.Weight, descriptor: np.ndarray) -> None:
         width = -(-len(x) // 128) * 128
-        self.x, self.codes = x, aligned((width,), np.int16)
-        self.scale, self.sums = aligned((1,)), aligned((width // 32,))
-        self.panel, self.tile = aligned((width * PANEL,)), aligned(((TILE + 1) * PANEL,))
-        self.codes[:] = 0
-        self.meant = x
-        if levels:
-            self.scale[0] = np.abs(x).max() / np.float32(levels)
-            self.codes[: len(x)] = np.rint(x / self.scale[0])
-            self.sums[:] = self.codes.reshape(-1, 32).sum(axis=1)
-            self.meant = self.codes[: len(x)] * self.scale[0]
-        self.record = np.zeros(layout.X_SIZE, np.int64)
+        self.x, self.meant = x, reference.ROUNDED[weight.encoding.activation](x[None])[0]
+        self.memory = Activations(1, width, len(x), aligned((width * PANEL,)), aligned(((TILE + 1) * PANEL,)))
+        self.record = self.memory.record
         self.record[layout.X_FLOAT], self.record[layout.X_FLOAT_STRIDE] = x.ctypes.data, len(x)
-        self.record[layout.X_CODES], self.record[layout.X_STRIDE] = self.codes.ctypes.data, width
-        self.record[layout.X_SCALES], self.record[layout.X_SUMS] = self.scale.ctypes.data, self.sums.ctypes.data
-        self.record[layout.X_PANEL], self.record[layout.X_TILE] = self.panel.ctypes.data, self.tile.ctypes.data
+        rounding()(self.record.ctypes.data, descriptor.ctypes.data)
+
+
+@functools.cache
+def rounding():
+    """Return the kernels' own rounding of a token's activations for a matrix."""
+    from numba import cfunc, types
+
+    from minigpt.kernels.forward import make_activation
+    from minigpt.kernels.intrinsics import i64
+
+    def run(x, matrix):
+        make_activation(i64(x), x, i64(x)[layout.X_FLOAT], 0, 0, matrix, 0, False)
+
+    return cfunc(types.void(types.int64, types.int64))(run).ctypes
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -60,7 +65,7 @@ def test_matrix_times_vector(benchmark, size, matrix, encoding, n_threads):
     copies = [encodings.Weight(w.encoding, w.shape, {k: v.copy() for k, v in w.parts.items()}) for _ in range(n_copies)]
     descriptors = [describe(copy) for copy in copies]
     x, y = rng.standard_normal(n_in, np.float32), np.zeros(n_out, np.float32)
-    vectors = [Vector(x, int(descriptors[0][layout.W_LEVELS])) for _ in range(n_threads)]
+    vectors = [Vector(x, w, descriptors[0]) for _ in range(n_threads)]
     kernel = ops.kernel(f"matmul_{encoding}").call
     bounds = np.linspace(0, n_out, n_threads + 1).astype(int).tolist()
     jobs = [

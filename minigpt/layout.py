@@ -18,6 +18,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     W_N_OUT,
     W_N_IN,
     W_LEVELS,  # largest magnitude of its int16 activations; 0: it takes float32 ones
+    W_IN_32S,  # not 0: while tokens are few it takes int8 ones instead, each 32 with a scale
     W_SCREEN,  # address of the kernel `screen_<encoding>`, or 0
     W_REFINE,  # address of the kernel `refine_<encoding>`, or 0
     W_PART_0,
@@ -25,7 +26,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     W_PART_2,
     W_PART_3,
     W_SIZE,
-) = range(12)
+) = range(13)
 
 # Activations [n_tokens, n_in]: what a matrix is multiplied with. One record per thread.
 (
@@ -33,8 +34,8 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     X_FLOAT_STRIDE,
     X_CODES,  # int16 [n_tokens, X_STRIDE], zeros beyond n_in up to 128; the float is code * scale
     X_SCALES,  # float32 [n_tokens]
-    X_GROUP_SCALES,  # float32 [n_tokens, X_STRIDE / 32]: if the codes of many tokens are int8, in groups
-    X_SUMS,  # float32 [n_tokens, X_STRIDE / 32]: sums of 32 codes; int32: OFFSET times the sums of groups of int8
+    X_GROUP_SCALES,  # float32 [n_tokens, X_STRIDE / 32]: of int8 codes, in groups
+    X_SUMS,  # [n_tokens, X_STRIDE / 32]: float32 sums of 32 int8, scaled; int32 OFFSET times sums of groups
     X_STRIDE,  # a multiple of 128, n_in or more
     X_NORM,  # float32 [n_tokens, n_embd]: where this record's LayerNorm writes
     X_PANEL,  # the thread's scratch: 4 bytes [largest n_in, PANEL], a tile of the matrix unpacked

@@ -314,7 +314,8 @@ def describe(weight: Weight) -> NDArray[np.int64]:
     record = np.zeros(layout.W_SIZE, np.int64)
     record[layout.W_MATMUL], record[layout.W_ROWS] = _address(f"matmul_{name}"), _address(f"rows_{name}")
     record[layout.W_N_OUT], record[layout.W_N_IN] = n_out, n_in
-    record[layout.W_LEVELS] = activation_levels(n_in) if weight.encoding.activation == "i16" else 0
+    record[layout.W_LEVELS] = 0 if weight.encoding.activation == "f32" else activation_levels(n_in)
+    record[layout.W_IN_32S] = weight.encoding.activation == "i8"
     if weight.encoding.first:
         record[layout.W_SCREEN], record[layout.W_REFINE] = _address(f"screen_{name}"), _address(f"refine_{name}")
     for i, part in enumerate(weight.encoding.part_dtypes):

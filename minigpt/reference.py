@@ -95,11 +95,8 @@ def attention(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
 
 
 def activation_levels(n_in: int) -> int:
-    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum.
-
-    At most what 256 times an int8 and another int8 can say: kernels of 4-bit codes take them apart.
-    """
-    return min(127 * 256 + 127, (2**31 - 1) // (127 * n_in))
+    """Return the largest magnitude of int16 activations whose products with n_in codes of int8 fit an int32 sum."""
+    return min(2**15 - 1, (2**31 - 1) // (127 * n_in))
 
 
 def quantize_activations(x: Floats) -> tuple[NDArray[np.int16], Floats]:
@@ -120,6 +117,22 @@ def round_activations(x: Floats) -> Floats:
     """Return what is left of x after `quantize_activations`, in float32."""
     codes, scales = quantize_activations(x)
     return codes * scales[..., None]
+
+
+def round_activations_in_32s(x: Floats) -> Floats:
+    """Return what is left of x [n_tokens, n_in] when each 32 columns are rounded to int8 with one scale, in float32."""
+    groups = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    scales = np.maximum(np.abs(groups).max(axis=2, keepdims=True), np.float32(1e-9)) / np.float32(127)
+    rounded: Floats = (np.rint(groups / scales) * scales).reshape(len(x), -1)[:, : x.shape[1]]
+    return rounded
+
+
+# What kernels of an encoding multiply by
+ROUNDED: dict[str, Callable[[Floats], Floats]] = {
+    "f32": lambda x: x,
+    "i16": round_activations,
+    "i8": round_activations_in_32s,
+}
 
 
 def matmul_by_tiles(decode: Callable[[slice], Floats], n_out: int, x: Floats) -> Floats:

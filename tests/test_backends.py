@@ -98,6 +98,43 @@ def test_a_processor_with_narrower_vectors(name, features, vector, tmp_path):
     assert (found.returncode, found.stdout) == (0, "equal\n"), found.stderr
 
 
+WIDER = """
+from minigpt.kernels import target
+target.VECTOR, target.LANES, target.PANEL, target.REGISTERS, target.TILE = 64, 16, 32, 32, 12
+target.BYTES = target.BYTE_PAIRS = {in_bytes}
+target.UNIT, target.PARTS = 4, 2 if {in_bytes} else 4
+target.EXPANDS = target.SHUFFLES = False
+from minigpt.kernels import vectors
+def multiply_bytes(b, w, x, total):
+    n = total.type.count
+    wide = vectors.vector_of(vectors.I32, 4 * n)
+    products = b.mul((b.zext if target.X86 else b.sext)(w, wide), b.sext(x, wide))
+    for i in range(4):
+        total = b.add(total, vectors.shuffle(b, products, products, list(range(i, 4 * n, 4))))
+    return total
+vectors.multiply_bytes = multiply_bytes
+import test_kernels, test_program
+for encoding in ("int8", "int4", "int4_g128", "int8_split", "f16", "f32", "nm_int8"):
+    test_program.test_forward_equals_numpy(encoding, 2)
+    for n_in in (97, 130, 384):
+        test_kernels.test_matmul_equals_numpy(encoding, n_in)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(ops.backend() == "numpy", reason="needs numba")
+@pytest.mark.parametrize("in_bytes", [True, False])
+def test_a_processor_with_wider_vectors(in_bytes, tmp_path):
+    """LLVM makes vectors of 64 bytes of what there is; of instructions that are not there, a plain form stands in."""
+    from minigpt import kernels
+
+    if kernels.VECTOR == 64 and in_bytes == kernels.BYTES:
+        pytest.skip("the other tests run this")
+    environment = {"MINIGPT_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    found = run("-c", WIDER.format(in_bytes=in_bytes), **environment)
+    assert (found.returncode, found.stdout) == (0, "equal\n"), found.stderr
+
+
 CACHELESS = """
 from minigpt import ops
 told = []

@@ -162,7 +162,8 @@ def dotprod(multiplier, monkeypatch):
 def replace_kernels(monkeypatch, kernel, **target):
     monkeypatch.setattr(ops, "kernel", kernel)
     monkeypatch.setattr(test_program, "Program", lambda checkpoint, n_threads: Program(checkpoint, 1))
-    for name, value in {**target, "TILE": 12}.items():
+    parts = 2 if target["BYTE_PAIRS"] else 4
+    for name, value in {**target, "TILE": 12, "UNIT": 1, "PARTS": parts}.items():
         monkeypatch.setattr(kernels, name, value)
 
 

@@ -64,8 +64,7 @@ def test_rows_are_rows_of_the_whole(name):
 def test_product_is_that_of_the_decoded_matrix(name, n_tokens, monkeypatch):
     monkeypatch.setattr(reference, "TILE_WEIGHTS", 500)  # several tiles and a rest
     weight, x = encode(thin(matrix((37, 100)), name), name), matrix((n_tokens, 100), 1)
-    if weight.encoding.activation == "i16":
-        x = reference.round_activations(x)
+    x = reference.ROUNDED[weight.encoding.activation](x)
     np.testing.assert_allclose(weight.matmul(x), x @ weight.decode().T, rtol=1e-4, atol=1e-4)
 
 

@@ -48,7 +48,16 @@ def matrix(encoding, n_out, n_in, rng):
     return encode(w, encoding)
 
 
-def activations(x, levels):
+def in_parts(codes):
+    """Arrange int8 of groups [n_tokens, n_groups, 32] as `quantize_in_32s` does: their bytes, [n_tokens, n]."""
+    in_bytes = kernels.PARTS == 2
+    lanes = np.arange(32) if in_bytes else np.r_[0:16:2, 16:32:2, 1:16:2, 17:32:2]
+    parts = codes[..., lanes].astype(np.int8 if in_bytes else np.int16)
+    units = parts.reshape(len(codes), -1, kernels.UNIT, kernels.PARTS, 32 // kernels.PARTS)
+    return np.ascontiguousarray(units.swapaxes(2, 3)).view(np.uint8).reshape(len(codes), -1)
+
+
+def activations(x, levels, in_32s=False):
     """Quantize in NumPy as `take_input` does; return the record's owner and the activations that are meant."""
     n_tokens, n_in = x.shape
     width = -(-n_in // 128) * 128
@@ -71,10 +80,16 @@ def activations(x, levels):
         memory._group_scales[:, :n_groups] = scales
         memory._sums.view(np.int32)[:, :n_groups] = kernels.OFFSET * codes.sum(axis=2)
         return memory, (codes * scales[..., None]).reshape(n_tokens, -1)[:, :n_in]
+    if in_32s and n_tokens < kernels.TILE:
+        groups = padded.reshape(n_tokens, -1, 32)
+        scales = np.maximum(np.abs(groups).max(axis=2), np.float32(1e-9)) / np.float32(127)
+        codes = np.rint(groups / scales[..., None])
+        memory._codes.view(np.uint8).reshape(n_tokens, -1)[:, : width * kernels.PARTS // 2] = in_parts(codes)
+        memory._group_scales[:], memory._sums[:] = scales, codes.sum(axis=2) * scales
+        return memory, (codes * scales[..., None]).reshape(n_tokens, -1)[:, :n_in]
     scales = np.maximum(np.abs(x).max(axis=1), 1e-9) / np.float32(levels)
     memory._codes[:] = np.rint(padded / scales[:, None])
     memory._scales[:] = scales
-    memory._sums[:] = memory._codes.reshape(n_tokens, -1, 32).sum(axis=2)
     return memory, memory._codes[:, :n_in] * scales[:, None]
 
 
@@ -87,7 +102,7 @@ def test_matmul_equals_numpy(encoding, n_in):
         w = matrix(encoding, n_out, n_in, rng)
         x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
         record = describe(w)
-        memory, meant = activations(x, record[layout.W_LEVELS])
+        memory, meant = activations(x, *record[[layout.W_LEVELS, layout.W_IN_32S]])
         error = 1e-4
         if encoding.startswith("int4") and n_tokens >= kernels.TILE:  # tiles of floats, or of codes rounded
             meant, error = (meant, 0.05) if kernels.INTEGERS else (x, error)
@@ -108,7 +123,8 @@ def test_a_row_is_the_same_in_any_chunk(encoding, n_in):
     rng, n_out = np.random.default_rng(n_in), 23
     record = describe(w := matrix(encoding, n_out, n_in, rng))  # which must outlive its record
     for n_tokens in range(1, kernels.TILE, 2):
-        memory, _ = activations(rng.normal(size=(n_tokens, n_in)).astype(np.float32), record[layout.W_LEVELS])
+        x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
+        memory, _ = activations(x, *record[[layout.W_LEVELS, layout.W_IN_32S]])
         whole, pieces = np.zeros((2, n_tokens, w.shape[0]), np.float32)
         for y, bounds in ((whole, [0, n_out]), (pieces, [0, 1, 3, 8, 14, n_out])):
             for chunk in itertools.pairwise(bounds):
@@ -125,7 +141,7 @@ def test_extreme_codes_do_not_overflow(encoding, n_tokens):
     w = encode(ones * (np.arange(n_in) % 2) if encoding.startswith("nm") else ones, encoding)
     record = describe(w)
     x = np.full((n_tokens, n_in), 3, np.float32)
-    memory, meant = activations(x, record[layout.W_LEVELS])
+    memory, meant = activations(x, *record[[layout.W_LEVELS, layout.W_IN_32S]])
     if encoding.startswith("int8_g") and n_tokens >= kernels.TILE:  # tiles of floats
         meant = x
     y = np.zeros((n_tokens, 2), np.float32)
@@ -195,6 +211,32 @@ def test_activations_rounded_to_bytes(n_in):
     assert np.abs(codes).max() <= 127
     if not kernels.BYTES:  # two products with bytes of 0..255 fit an int16
         assert np.abs(codes[:, 0::2] + codes[:, 1::2]).max() <= 128
+
+
+@pytest.mark.parametrize("n_in", [1, 31, 32, 97, 130, 768])
+def test_activations_rounded_in_32s(n_in):
+    x = np.random.default_rng(n_in).standard_t(2, size=(3, n_in)).astype(np.float32)
+    x[0] = 0
+    memory, meant = activations(x, 127, in_32s=True)
+    expected = [array.copy() for array in (memory._codes, memory._group_scales, memory._sums)]
+    for array in (memory._codes, memory._group_scales, memory._sums):
+        array[:] = 7
+
+    def run(record, n_tokens, n):
+        for token in range(n_tokens):
+            elementwise.quantize_in_32s(record, token, n)
+
+    compiled(run, 3)(memory.record.ctypes.data, len(x), n_in)
+    element, n = (np.int8, 1) if kernels.PARTS == 2 else (np.int16, 2)
+    found, codes = (
+        array.view(np.uint8).reshape(len(x), -1)[:, : memory.record[layout.X_STRIDE] * n].view(element).astype(int)
+        for array in (memory._codes, expected[0])
+    )
+    assert np.abs(found - codes).max() <= 1  # a tie the other way
+    assert (found != codes).mean() < 0.01
+    np.testing.assert_allclose(memory._group_scales, expected[1], rtol=1e-6)
+    np.testing.assert_allclose(memory._sums, expected[2], rtol=1e-5, atol=1.01 * expected[1].max())
+    np.testing.assert_allclose(reference.round_activations_in_32s(x), meant, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", layout.ACTIVATION_FUNCTIONS)

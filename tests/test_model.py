@@ -20,8 +20,8 @@ def gpt2(request):
 
 def close(a, b, gpt2):
     """Compare logits; integer kernels round activations, to 8 bits in prompts where the CPU gains by it."""
-    rounded = gpt2.weights["h.0.mlp.c_fc.weight"].encoding.activation == "i16"
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.6 if rounded else 1e-3)
+    rounded = gpt2.weights["h.0.mlp.c_fc.weight"].encoding.activation != "f32"
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.8 if rounded else 1e-3)
     assert not rounded or np.corrcoef(np.ravel(a), np.ravel(b))[0, 1] > 0.995
 
 

@@ -39,7 +39,8 @@ class Encoding(ABC):
     part_dtypes : dict of str to str
         Names and NumPy dtypes of the parts, in the order in which kernels take them.
     activation : str
-        What the kernel multiplies by: "f32", or "i16" (12-bit integers, one scale per token).
+        What the kernel multiplies by: "f32", "i16" (at least 12 bits, one scale per token) or "i8" (one scale for
+        each 32 columns).
     tables, positions : str
         The encodings of wte / lm_head and of wpe in a file whose other matrices have this encoding.
     max_error : float
@@ -92,8 +93,7 @@ class Encoding(ABC):
     def matmul(self, parts: Parts, shape: tuple[int, ...], x: Floats) -> Floats:
         """Multiply x [n_tokens, n_in] by the transpose of the matrix: [n_tokens, n_out], in plain NumPy."""
         n_out, n_in = shape
-        if self.activation == "i16":
-            x = reference.round_activations(x)
+        x = reference.ROUNDED[self.activation](x)
         return reference.matmul_by_tiles(lambda rows: self.decode(parts, n_in, rows), n_out, x)
 
 

@@ -97,7 +97,7 @@ class NMInt4(NM, OnGrid):
     name = "nm_int4"
     group = multiple = 64  # 32 codes in 16 bytes
     part_dtypes = {"masks": "|u1", "codes": "|u1", "scales": "<f2"}
-    activation = "i16"
+    activation = "i8"
     tables = "int8_split"
     positions = "f16"
     twin = "int4_g64"

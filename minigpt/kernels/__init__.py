@@ -11,7 +11,18 @@ share work), `attention`, `forward`.
 
 from minigpt.kernels import attention, forward, int4, screen, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
 from minigpt.kernels.entry import ENTRIES, FAST, compile_entry
-from minigpt.kernels.target import BYTE_PAIRS, BYTES, GROUP, HALF_IN_HARDWARE, INTEGERS, OFFSET, TILE, VECTOR
+from minigpt.kernels.target import (
+    BYTE_PAIRS,
+    BYTES,
+    GROUP,
+    HALF_IN_HARDWARE,
+    INTEGERS,
+    OFFSET,
+    PARTS,
+    TILE,
+    UNIT,
+    VECTOR,
+)
 
 __all__ = [
     "BYTES",
@@ -22,7 +33,9 @@ __all__ = [
     "HALF_IN_HARDWARE",
     "INTEGERS",
     "OFFSET",
+    "PARTS",
     "TILE",
+    "UNIT",
     "VECTOR",
     "compile_entry",
 ]

@@ -11,11 +11,12 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from minigpt.kernels.entry import EXACT, HELP, float32, instruction, int32, int64
+from minigpt.kernels.entry import EXACT, HELP, float32, instruction, int32, int64, void
 from minigpt.kernels.intrinsics import bits_of_float, f32, float_of_bits, i8, i16, i32, i64, never_inline, square_root
-from minigpt.kernels.target import BYTES, GROUP, LANES, OFFSET, PANEL, VECTOR
+from minigpt.kernels.target import BYTE_PAIRS, BYTES, GROUP, LANES, OFFSET, PANEL, PARTS, UNIT, VECTOR
 from minigpt.kernels.vectors import (
     F32,
+    I8,
     I16,
     I32,
     accumulators,
@@ -23,6 +24,7 @@ from minigpt.kernels.vectors import (
     broadcast,
     exponential,
     load,
+    multiply_add,
     shuffle,
     store,
     sum_lanes,
@@ -183,15 +185,60 @@ def softmax(x, n, n_panels):
     return float32(1) / weigh(x, n, n_panels)
 
 
-@instruction(int32, int64)
-def sum_of_32(b: Any, codes: Any) -> Any:
-    """Add up 32 int16."""
-    return sum_lanes(b, b.sext(load(b, codes, vector_of(I16, 32), 2), vector_of(I32, 32)))
+@instruction(void, *[int64] * 4)
+def round_32(b: Any, source: Any, to: Any, scale: Any, total: Any) -> None:
+    """Round 32 floats to int8 with a scale, and leave the sum of what they are then.
+
+    They are taken apart as the 4-bit codes of a vector are, into PARTS of them: columns 0..15 and 16..31, or, where
+    bytes are not multiplied, as int16 for the four nibbles of a word: 0, 2, .. 14, then 16, .. 30, then the odd ones.
+    """
+    values, ints = load(b, source, vector_of(F32, 32), 4), vector_of(I32, 32)
+    constant = lambda v: ir.Constant(ints, [v] * 32)  # noqa: E731
+    tops = b.and_(b.bitcast(values, ints), constant(0x7FFFFFFF))
+    for distance in (16, 8, 4, 2, 1):
+        halves = [shuffle(b, tops, tops, [first + i for i in range(distance)]) for first in (0, distance)]
+        tops = b.select(b.icmp_signed(">", *halves), *halves)
+    top = b.bitcast(b.extract_element(tops, ir.Constant(I32, 0)), F32)
+    least = ir.Constant(F32, 1e-9)
+    top = b.select(b.fcmp_ordered(">", top, least), top, least)
+    inverse = broadcast(b, b.fdiv(ir.Constant(F32, 127), top), values.type)
+    magic = ir.Constant(values.type, [12582912.0] * 32)  # see `nearest`
+    codes = b.sub(b.bitcast(multiply_add(b, values, inverse, magic), ints), constant(0x4B400000))
+    element, size = (I8, 16) if BYTE_PAIRS else (I16, 8)
+    narrow = b.trunc(codes, vector_of(element, 32))
+    for i, first in enumerate((0, 16) if BYTE_PAIRS else (0, 16, 1, 17)):
+        lanes = [first + j * (1 if BYTE_PAIRS else 2) for j in range(size)]
+        store(b, shuffle(b, narrow, narrow, lanes), advance(b, to, 16 * UNIT * i))
+    step = b.fmul(top, ir.Constant(F32, 1 / 127))
+    store(b, step, scale)
+    store(b, b.fmul(b.sitofp(sum_lanes(b, codes), F32), step), total)
+
+
+@njit(**EXACT)
+def quantize_in_32s(x, token, n_in):
+    """Round a token's float activations to int8, each 32 of them with a scale and a sum of its own."""
+    never_inline()
+    x = i64(x)
+    source, codes, first = (
+        x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4,
+        x[X_CODES] + token * x[X_STRIDE] * 2,
+        token * x[X_STRIDE] // 32 * 4,
+    )
+    scales, sums, padded = x[X_GROUP_SCALES] + first, x[X_SUMS] + first, x[X_TILE]
+    n = (n_in + 127) // 128 * 4  # up to the widest group
+    for i in range(n):
+        floats = source + i * 128
+        if i * 32 + 32 > n_in:
+            for j in range(32):
+                f32(padded)[j] = f32(floats)[j] if i * 32 + j < n_in else float32(0)
+            floats = padded
+        to = codes + (i // UNIT * PARTS * UNIT + i % UNIT) * 16
+        round_32(floats, to, scales + i * 4, sums + i * 4)
 
 
 @njit(**EXACT)
 def quantize(x, token, n_in, levels):
-    """Round a token's float activations to integers -levels..levels with one scale, and sum up each 32 of them."""
+    """Round a token's float activations to integers -levels..levels with one scale."""
     never_inline()
     x = i64(x)
     stride, padded = x[X_STRIDE], (n_in + 127) // 128 * 128  # the widest group
@@ -199,15 +246,11 @@ def quantize(x, token, n_in, levels):
     scale = max(largest(source, n_in, True), float32(1e-9)) / float32(levels)
     f32(x[X_SCALES])[token] = scale
     inverse = float32(1) / scale
-    first = x[X_CODES] + token * stride * 2
-    source, codes = f32(source), i16(first)
+    source, codes = f32(source), i16(x[X_CODES] + token * stride * 2)
     for i in range(n_in):
         codes[i] = nearest(source[i] * inverse)
     for i in range(n_in, padded):
         codes[i] = 0
-    sums = f32(x[X_SUMS] + token * stride // 32 * 4)
-    for group in range(padded // 32):
-        sums[group] = float32(sum_of_32(first + 64 * group))
 
 
 @njit(**HELP)

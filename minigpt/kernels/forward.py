@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from minigpt.kernels.elementwise import activate, layer_norm, quantize, quantize_to_bytes
+from minigpt.kernels.elementwise import activate, layer_norm, quantize, quantize_in_32s, quantize_to_bytes
 from minigpt.kernels.entry import HELP, entry, int32, int64
 from minigpt.kernels.intrinsics import (
     call_attend,
@@ -91,6 +91,8 @@ def make_activation(p, x, source, gain, bias, matrix, token, many):
         layer_norm(source, gain, bias, epsilon, i64(x)[X_NORM] + token * w[W_N_IN] * 4, w[W_N_IN])
     if w[W_LEVELS] and BYTE_PAIRS and many:
         quantize_to_bytes(x, token, w[W_N_IN])
+    elif w[W_IN_32S] and not many:
+        quantize_in_32s(x, token, w[W_N_IN])
     elif w[W_LEVELS]:
         quantize(x, token, w[W_N_IN], w[W_LEVELS])
 

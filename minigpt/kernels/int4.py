@@ -1,4 +1,4 @@
-"""Matrices of 4-bit codes in groups of columns with a scale and a minimum each, times int16 activations."""
+"""Matrices of 4-bit codes in groups of columns with a scale and a minimum each, times int8 activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numba.core import cgutils
 from minigpt.kernels.elementwise import largest, nearest
 from minigpt.kernels.entry import HELP, add_encoding, float32, instruction, int32, int64, void
 from minigpt.kernels.intrinsics import f32, half, i8, i64, never_inline, u8, u16
-from minigpt.kernels.target import BYTES, INTEGERS, PANEL, REGISTERS, VECTOR
+from minigpt.kernels.target import BYTE_PAIRS, INTEGERS, PANEL, PARTS, REGISTERS, UNIT
 from minigpt.kernels.tiles import codes_by_tiles, matmul_of, panel_of_decoded
 from minigpt.kernels.vectors import (
     F32,
@@ -20,12 +20,11 @@ from minigpt.kernels.vectors import (
     I32,
     ROWS,
     accumulators,
+    add_nibbles,
     add_pairs,
     advance,
-    broadcast,
     load,
     multiply_add,
-    multiply_bytes,
     prefetch,
     shuffle,
     store,
@@ -36,51 +35,59 @@ from minigpt.kernels.vectors import (
 )
 from minigpt.layout import *
 
-UNIT = VECTOR // 16  # groups of int4, 16 bytes each, that fill a vector
 # Rows side by side share their activations if registers suffice, but the processor does not foresee them all: memory
 # is asked for beyond the next ones. One after the other they are a single stream, and steps can be longer.
 SIDE, STEP, AHEAD = (ROWS, 2 * UNIT, 4096) if REGISTERS == 32 else (1, 4 * UNIT, 2048)
 
 
 def _multiply_nibbles(b: Any, packed: Any, x: list[Any]) -> Any:
-    """Return the products of packed int4 codes, bytes, with the four vectors of `order`: 4 int32 for a group."""
+    """Return the products of packed int4 codes, bytes, with vectors of `quantize_in_32s`: 4 int32 for each 32."""
     n = packed.type.count
     lanes, words = vector_of(I32, n // 4), vector_of(I16, n // 2)
     constant = lambda kind, v: ir.Constant(kind, [v] * kind.count)  # noqa: E731
     shifted = lambda bits: b.lshr(b.bitcast(packed, words), constant(words, bits))  # noqa: E731
     total = ir.Constant(lanes, None)
-    if BYTES:  # upper and lower bytes of the activations apart
-        low, high = (b.and_(b.bitcast(shifted(i), packed.type), constant(packed.type, 15)) for i in (0, 4))
-        total = multiply_bytes(b, high, x[1], multiply_bytes(b, low, x[0], total))
-        total = b.shl(total, constant(lanes, 8))
-        return multiply_bytes(b, high, x[3], multiply_bytes(b, low, x[2], total))
+    if BYTE_PAIRS:
+        nibbles = [b.and_(b.bitcast(shifted(4 * i), packed.type), constant(packed.type, 15)) for i in (0, 1)]
+        return add_nibbles(b, nibbles, x, [total])[0]
     for i, values in enumerate(x):  # a nibble of each word
-        nibbles = b.and_(shifted(4 * i), constant(words, 15))
-        total = add_pairs(b, nibbles, b.bitcast(values, words), total)
+        total = add_pairs(b, b.and_(shifted(4 * i), constant(words, 15)), b.bitcast(values, words), total)
     return total
 
 
-def _dot_groups(group: int) -> Any:
-    """Return `dot(codes, scales, minimums, distance, x, sums, n, factor, y)` of ROWS rows in groups of columns.
+def _order(count: int) -> list[int]:
+    """Return the order in which so many scales stand in their vector.
 
-    y[row] = factor * the sum over groups of scale * sum(code * x) + minimum * sum(x), where x is the int16 activations
-    as `order` leaves them, sums those of each 32, and n how many 32 there are. The codes of a row are
-    `distance` times 16 bytes before those of the next: n, or 0 for the same row again.
+    If there are as many as lanes, that of which a shuffle within 16 bytes spreads each, the cheapest there is.
+    """
+    if count < 4 * UNIT:
+        return list(range(count))
+    return [UNIT * i + lane for lane in range(UNIT) for i in range(4)]
+
+
+@instruction(void, *[int64] * 3)
+def order_scales(b: Any, scales: Any, n: Any, to: Any) -> None:
+    """Copy n scales of activations as `dot` takes them."""
+    whole = b.udiv(n, word(STEP))
+    for count, begin, steps in ((STEP, word(0), whole), (1, b.mul(whole, word(STEP)), b.urem(n, word(STEP)))):
+        with cgutils.for_range(b, steps) as loop:
+            at = advance(b, b.mul(begin, word(4)), loop.index, 4 * count)
+            some = load(b, b.add(scales, at), vector_of(F32, count), 4)
+            store(b, shuffle(b, some, some, _order(count)), b.add(to, at))
+
+
+def _dot_groups(group: int) -> Any:
+    """Return `dot(codes, scales, minimums, distance, x, x_scales, sums, n, y)` of ROWS rows in groups of columns.
+
+    y[row] = the sum over groups of scale * x_scale * sum(code * x) + minimum * sum, where x is the int8 activations
+    of `quantize_in_32s` with sums and scales, these as `order_scales` leaves them, and n how many times 32 there are.
+    The codes of a row are `distance` times 16 bytes before those of the next: n, or 0 for the same row again.
     """
     share = group // 32
 
-    @instruction(void, *[int64] * 7, float32, int64)
+    @instruction(void, *[int64] * 9)
     def dot(
-        b: Any,
-        codes: Any,
-        scales: Any,
-        minimums: Any,
-        distance: Any,
-        x: Any,
-        sums: Any,
-        n: Any,
-        factor: Any,
-        y: Any,
+        b: Any, codes: Any, scales: Any, minimums: Any, distance: Any, x: Any, x_scales: Any, sums: Any, n: Any, y: Any
     ) -> None:
         kind = vector_of(F32, 4 * UNIT)
         totals = accumulators(b, kind, SIDE)
@@ -96,27 +103,33 @@ def _dot_groups(group: int) -> Any:
         def step(row: Any, first: Any, count: int) -> None:
             """Do `count` times 32 columns of SIDE rows."""
             begins = [b.add(first, b.mul(distance, advance(b, row, i))) for i in range(SIDE)]
-            order = list(range(count // share))  # of the scales in their vector
-            if share == 1 and count == 4 * UNIT:  # a shuffle within 16 bytes spreads them, the cheapest there is
-                order = [UNIT * i + lane for lane in range(UNIT) for i in range(4)]
+            order = _order(count)
+            spread = [i // share for i in range(count)]
+            x_scale, total_x = (load(b, advance(b, p, first, 4), vector_of(F32, count), 4) for p in (x_scales, sums))
             factors = []
             for begin, total in zip(begins, totals, strict=True):
-                at, kind = b.udiv(begin, word(share)), vector_of(I16, count // share)
-                scale, lowest = (load(b, advance(b, p, at, 2), kind) for p in (scales, minimums))
-                factors.append(widen_half(b, shuffle(b, scale, scale, order)))
-                lowest = widen_half(b, lowest)
-                lowest = shuffle(b, lowest, lowest, [i // share for i in range(count)])
-                add(total, lowest, load(b, advance(b, sums, first, 4), lowest.type))
-            unit = UNIT if count >= UNIT else 1
-            kind = vector_of(I8, 16 * unit)
+                at, halves = b.udiv(begin, word(share)), vector_of(I16, count // share)
+                scale, lowest = (load(b, advance(b, p, at, 2), halves) for p in (scales, minimums))
+                scale = widen_half(b, shuffle(b, scale, scale, [spread[i] for i in order]))
+                factors.append(b.fmul(scale, x_scale))
+                add(total, widen_half(b, shuffle(b, lowest, lowest, spread)), total_x)
+            unit = min(UNIT, count)
+
+            def read(address: Any) -> Any:
+                """Load the codes or activations of a unit, zeros where a row has no more."""
+                part = load(b, address, vector_of(I8, 16 * unit))
+                return shuffle(b, part, ir.Constant(part.type, None), [min(i, 16 * unit) for i in range(16 * UNIT)])
+
             for i in range(0, count, unit):
-                at = advance(b, advance(b, x, first, 64), 64 * i)
-                values = [load(b, advance(b, at, 16 * unit * part), kind) for part in range(4)]
-                lanes = [order.index((i + j // 4) // share) for j in range(4 * unit)]
+                place = b.add(first, word(i))
+                whole, rest = b.udiv(place, word(UNIT)), b.urem(place, word(UNIT))
+                at = b.add(advance(b, x, whole, PARTS * 16 * UNIT), b.mul(rest, word(16)))
+                values = [read(advance(b, at, 16 * UNIT * part)) for part in range(PARTS)]
+                lanes = [order.index(min(i + j // 4, count - 1)) for j in range(4 * UNIT)]
                 for begin, scale, total in zip(begins, factors, totals, strict=True):
                     address = advance(b, advance(b, codes, begin, 16), 16 * i)
                     prefetch(b, b.add(address, ahead))
-                    products = b.sitofp(_multiply_nibbles(b, load(b, address, kind), values), vector_of(F32, 4 * unit))
+                    products = b.sitofp(_multiply_nibbles(b, read(address), values), kind)
                     add(total, products, shuffle(b, scale, scale, lanes))
 
         with cgutils.for_range(b, word(ROWS // SIDE)) as rows:
@@ -131,39 +144,9 @@ def _dot_groups(group: int) -> Any:
                 done = b.add(done, b.mul(steps, word(count)))
             for i, total in enumerate(totals):
                 b.store(b.load(total), b.gep(results, [advance(b, row, i)]))
-        result = sum_rows(b, [b.load(b.gep(results, [word(row)])) for row in range(ROWS)])
-        store(b, b.fmul(result, broadcast(b, factor, result.type)), y)
+        store(b, sum_rows(b, [b.load(b.gep(results, [word(row)])) for row in range(ROWS)]), y)
 
     return dot
-
-
-@instruction(void, int64, int64, int64)
-def order(b: Any, x: Any, y: Any, n: Any) -> None:
-    """Copy n times 32 int16 activations in the order in which `dot` takes them: four vectors for UNIT times 32.
-
-    With BYTES they are the upper bytes, rounded, of columns 0..15 and 16..31 of each 32, then the lower bytes.
-    Without, the columns of the four nibbles of a word: 0, 2, .. 14, then 16, .. 30, then the odd ones.
-    """
-    done = word(0)
-    for unit in sorted({UNIT, 1}, reverse=True):
-        steps = b.udiv(b.sub(n, done), word(unit))
-        with cgutils.for_range(b, steps) as loop:
-            start = b.mul(b.add(done, b.mul(loop.index, word(unit))), word(64))
-            values = load(b, b.add(x, start), vector_of(I16, 32 * unit))
-            if BYTES:
-                split = vector_of(I8, 64 * unit)
-                upper = b.bitcast(b.add(values, ir.Constant(values.type, [128] * 32 * unit)), split)
-                lower = b.bitcast(values, split)
-                halves = ((upper, 1), (lower, 0))
-                take = [(source, 2 * first + byte, 2, 16) for source, byte in halves for first in (0, 16)]
-                size = 64
-            else:
-                take = [(values, first, 2, 8) for first in (0, 16, 1, 17)]
-                size = 32
-            for i, (source, first, stride, n_lanes) in enumerate(take):
-                lanes = [size * g + first + stride * j for g in range(unit) for j in range(n_lanes)]
-                store(b, shuffle(b, source, source, lanes), advance(b, b.add(y, start), 16 * unit * i))
-        done = b.add(done, b.mul(steps, word(unit)))
 
 
 def _rounded_panel(decode: Any) -> Any:
@@ -203,9 +186,9 @@ def _add_groups(name: str, group: int) -> None:
         w, x = i64(w), i64(x)
         n_groups = (w[W_N_IN] + group - 1) // group
         n = n_groups * share
-        ordered, x_sums, x_bytes, x_scales = x[X_PANEL], x[X_SUMS], x[X_STRIDE] * 2, f32(x[X_SCALES])
+        x_scales, room = x[X_PANEL], x[X_STRIDE] // 32 * 4
         for token in range(n_tokens):
-            order(x[X_CODES] + token * x_bytes, ordered + token * x_bytes, n)
+            order_scales(x[X_GROUP_SCALES] + token * room, n, x_scales + token * room)
         several = row_end - row_begin >= ROWS
         for begin in range(row_begin, row_end, ROWS if several else 1):
             # the last rows overlap those before; fewer than ROWS are done one by one, each ROWS times at once
@@ -213,10 +196,10 @@ def _add_groups(name: str, group: int) -> None:
             codes, first = w[W_PART_0] + row * n * 16, row * n_groups * 2
             scales, minimums = w[W_PART_1] + first, w[W_PART_2] + first
             for token in range(n_tokens):
-                source, sums = ordered + token * x_bytes, x_sums + token * x_bytes // 16
+                source, sums = x[X_CODES] + token * x[X_STRIDE] * 2, x[X_SUMS] + token * room
                 to = y + (token * y_stride + row) * 4
                 products = to if several else x[X_TILE]
-                dot(codes, scales, minimums, distance, source, sums, n, x_scales[token], products)
+                dot(codes, scales, minimums, distance, source, x_scales + token * room, sums, n, products)
                 f32(to)[0] = f32(products)[0]
 
     @njit(**HELP)

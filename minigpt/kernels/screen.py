@@ -70,7 +70,10 @@ def _multiply(b: Any, codes: list[Any], x: list[Any], totals: list[Any]) -> None
     """Add the products of vectors of 4-bit codes, one to a byte, and the activations at addresses to int32 lanes."""
     n = VECTOR // 2
     if BYTE_PAIRS:
-        add_nibbles(b, codes, [load(b, at, vector_of(I8, VECTOR)) for at in x], totals)
+        values = [load(b, at, vector_of(I8, VECTOR)) for at in x]
+        sums = add_nibbles(b, codes, values, [b.load(total) for total in totals])
+        for value, total in zip(sums, totals, strict=True):
+            b.store(value, total)
         return
     for part, at, total in zip(codes, x, itertools.cycle(totals), strict=False):
         for i in range(2):

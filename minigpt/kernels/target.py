@@ -44,6 +44,8 @@ INTEGERS = X86 or BYTES
 OFFSET = 128 if X86 else 0  # added to int8 codes of a tile: x86 multiplies uint8 by int8, ARM int8 by int8
 EXPANDS = VECTOR == 64 and "+avx512vbmi2" in FEATURES and "+avx512vl" in FEATURES  # spreads bytes over a mask's bits
 SHUFFLES = X86 and VECTOR >= 32 and not EXPANDS  # takes each byte from anywhere in 16: the same, by a table
+UNIT = VECTOR // 16  # times 32 columns whose 4-bit codes fill a vector
+PARTS = 2 if BYTE_PAIRS else 4  # vectors of activations that those are multiplied by
 GROUP = 64  # int8 activations that share a scale: an outlier spoils no more than these
 REGISTERS = 32 if ARM or VECTOR == 64 else 16  # that hold a vector
 TILE = 12 if REGISTERS == 32 else 6  # tokens of a tile: 2 * TILE accumulators must fit

@@ -6,7 +6,6 @@ Functions take an IR builder `b` and IR values. The code is generic: the backend
 
 from __future__ import annotations
 
-import itertools
 from functools import reduce
 from typing import Any
 
@@ -144,22 +143,22 @@ def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
     return b.add(total, call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ones))
 
 
-def add_nibbles(b: Any, w: list[Any], x: list[Any], totals: list[Any]) -> None:
+def add_nibbles(b: Any, w: list[Any], x: list[Any], totals: list[Any]) -> list[Any]:
     """Add products of vectors of bytes below 16 and of int8, four to each int32 lane, to totals; only with BYTE_PAIRS.
 
     Without BYTES the pairs of eight vectors fit an int16 together: fewer are widened.
     """
+    first, *others = totals
     if BYTES:
-        for v, u, total in zip(w, x, itertools.cycle(totals), strict=False):
-            b.store(multiply_bytes(b, v, u, b.load(total)), total)
-        return
-    total, words = totals[0], vector_of(I16, w[0].type.count // 2)
-    for i in range(0, len(w), 8):
-        pairs = [
-            call_own(b, "x86.avx2.pmadd.ub.sw", words, *both) for both in zip(w[i : i + 8], x[i : i + 8], strict=True)
-        ]
-        ones, sums = ir.Constant(words, [1] * words.count), reduce(b.add, pairs)
-        b.store(b.add(b.load(total), call_own(b, "x86.avx2.pmadd.wd", b.load(total).type, sums, ones)), total)
+        if not w:
+            return totals
+        return add_nibbles(b, w[1:], x[1:], [*others, multiply_bytes(b, w[0], x[0], first)])
+    words = vector_of(I16, 2 * first.type.count)
+    ones = ir.Constant(words, [1] * words.count)
+    for some in (slice(i, i + 8) for i in range(0, len(w), 8)):
+        pairs = [call_own(b, "x86.avx2.pmadd.ub.sw", words, *both) for both in zip(w[some], x[some], strict=True)]
+        first = b.add(first, call_own(b, "x86.avx2.pmadd.wd", first.type, reduce(b.add, pairs), ones))
+    return [first, *others]
 
 
 def multiply_add(b: Any, a: Any, c: Any, total: Any) -> Any:
