@@ -115,23 +115,22 @@ def pace() -> Generator[bool, float, None]:
 
     Where other processes want the processors too, a thread that loses its own inside a chunk holds up the others for
     milliseconds. A window of jobs, some of which took far longer than the quickest, tells of that. The next window is
-    done alone, and what was quicker is kept for a while, each time for twice as long. Asking again costs a window at
-    most: it ends when that many jobs would be done alone.
+    done alone; then each is done in the way that was quicker of late, for a while, each time for twice as long. Asking
+    again costs a window at most: it ends when that many jobs would be done alone.
     """
-    patience, alone = SHORTEST, [math.inf]
+    patience, alone = SHORTEST, math.inf
     while True:
-        shared = yield from _window(False, WINDOW * mean(alone))
+        shared = yield from _window(False, WINDOW * alone)
         if len(shared) == WINDOW:
             if mean(shared) <= UNEVEN * min(shared):
-                patience, alone = SHORTEST, [math.inf]
+                patience, alone = SHORTEST, math.inf
                 continue
-            alone = yield from _window(True)
+            alone = mean((yield from _window(True)))
+        of_late = {False: mean(shared), True: alone}
         for _ in range(patience):
-            if mean(alone) < mean(shared):
-                alone = yield from _window(True)
-            else:
-                yield from _window(False)
-        patience = min(2 * patience, LONGEST)
+            quicker = of_late[True] < of_late[False]
+            of_late[quicker] = (of_late[quicker] + mean((yield from _window(quicker)))) / 2
+        alone, patience = of_late[True], min(2 * patience, LONGEST)
 
 
 def _window(alone: bool, limit: float = math.inf) -> Generator[bool, float, list[float]]:

@@ -85,6 +85,18 @@ def test_uneven_work_is_shared_as_long_as_one_thread_is_slower():
     assert sum(paced(lambda alone, job: 8.0 if alone else 1 + 9 * (job % 4 == 0), 3000)[-1000:]) < 100
 
 
+def test_a_lucky_window_does_not_count_for_long():
+    """Sharing takes a third more than one thread, but not in the first window in which it is tried again."""
+    tried = 0
+
+    def seconds(alone, job):
+        nonlocal tried
+        tried = 0 if alone else tried + 1
+        return 3.3 if alone else (2 if tried <= team.WINDOW else 4) + 3 * (job % 4 == 0)
+
+    assert sum(paced(seconds, 8000)[-6400:]) > 0.85 * 6400
+
+
 def test_work_is_shared_again_when_the_others_have_gone():
     decisions = paced(lambda alone, job: 2.0 if alone else 1 + 9 * (job % 4 == 0 and job < 1000), 2000)
     assert any(decisions[:1000])
