@@ -145,6 +145,6 @@ T_ARGUMENT = 49
 T_YIELD = 50  # address of the operating system's "let others run"
 T_PATIENCE = 51  # how many times a worker without a job yields before it parks
 T_CLOSING = 52  # not 0: workers leave
-T_ALONE = 53  # not 0: thread 0 does its jobs without the workers
+T_ALONE = 53  # not 0: thread 0 does its jobs without the workers, who park at once and leave it the processors
 T_STATES = 64  # one field per thread, 16 apart: 0 awake, 1 parked
 T_STRIDE = 16

@@ -100,7 +100,8 @@ def make_activation(p, x, source, gain, bias, matrix, token, many):
 @njit(**HELP)
 def rows_of_chunk(p, matrix, n_tokens):
     """Return how many rows a chunk has: an even share for few tokens, a few panels at most for many."""
-    share = (i64(matrix)[W_N_OUT] + p[P_CHUNKS] - 1) // p[P_CHUNKS]
+    n_chunks = 1 if i64(p[P_TEAM])[T_ALONE] else p[P_CHUNKS]
+    share = (i64(matrix)[W_N_OUT] + n_chunks - 1) // n_chunks
     return min((share + PANEL - 1) // PANEL * PANEL, 4 * PANEL if n_tokens >= TILE else CHUNK_ROWS)
 
 

@@ -143,6 +143,6 @@ def work_for_team(team, thread):
             continue
         wait_turn(team, turns)
         turns += 1
-        if turns > SPINS + record[T_PATIENCE]:
+        if turns > SPINS + (0 if record[T_ALONE] else record[T_PATIENCE]):
             atomic_exchange(state, 1)
             return 1
