@@ -237,6 +237,10 @@ def test_activations_rounded_in_32s(n_in):
     np.testing.assert_allclose(memory._group_scales, expected[1], rtol=1e-6)
     np.testing.assert_allclose(memory._sums, expected[2], rtol=1e-5, atol=1.01 * expected[1].max())
     np.testing.assert_allclose(reference.round_activations_in_32s(x), meant, rtol=1e-6, atol=1e-6)
+    x[1, 0] = np.nan
+    compiled(run, 3)(memory.record.ctypes.data, len(x), n_in)
+    assert np.isnan(memory._group_scales[1, 0])
+    assert not np.isnan(memory._group_scales[[0, 2]]).any()
 
 
 @pytest.mark.parametrize("name", layout.ACTIVATION_FUNCTIONS)

@@ -200,7 +200,7 @@ def round_32(b: Any, source: Any, to: Any, scale: Any, total: Any) -> None:
         tops = b.select(b.icmp_signed(">", *halves), *halves)
     top = b.bitcast(b.extract_element(tops, ir.Constant(I32, 0)), F32)
     least = ir.Constant(F32, 1e-9)
-    top = b.select(b.fcmp_ordered(">", top, least), top, least)
+    top = b.select(b.fcmp_ordered("<", top, least), least, top)  # NaN remains NaN
     inverse = broadcast(b, b.fdiv(ir.Constant(F32, 127), top), values.type)
     magic = ir.Constant(values.type, [12582912.0] * 32)  # see `nearest`
     codes = b.sub(b.bitcast(multiply_add(b, values, inverse, magic), ints), constant(0x4B400000))
@@ -219,12 +219,9 @@ def quantize_in_32s(x, token, n_in):
     """Round a token's float activations to int8, each 32 of them with a scale and a sum of its own."""
     never_inline()
     x = i64(x)
-    source, codes, first = (
-        x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4,
-        x[X_CODES] + token * x[X_STRIDE] * 2,
-        token * x[X_STRIDE] // 32 * 4,
-    )
-    scales, sums, padded = x[X_GROUP_SCALES] + first, x[X_SUMS] + first, x[X_TILE]
+    source, codes = x[X_FLOAT] + token * x[X_FLOAT_STRIDE] * 4, x[X_CODES] + token * x[X_STRIDE] * 2
+    first, padded = token * x[X_STRIDE] // 32 * 4, x[X_TILE]
+    scales, sums = x[X_GROUP_SCALES] + first, x[X_SUMS] + first
     n = (n_in + 127) // 128 * 4  # up to the widest group
     for i in range(n):
         floats = source + i * 128
