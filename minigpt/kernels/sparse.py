@@ -199,12 +199,14 @@ def dot_picked(b: Any, masks: Any, codes: Any, x: Any, n: Any) -> Any:
     table = ir.Constant(ir.ArrayType(I64, 256), [_picks(mask) for mask in range(256)])
     picks = b.ptrtoint(cgutils.global_constant(b, "picks", table), I64)
     totals, words, lanes = accumulators(b, vector_of(I32, 8), 2), vector_of(I64, 4), vector_of(I8, 32)
+    doubles = vector_of(ir.DoubleType(), 4)  # what they are does not matter, but these are loaded into upper halves too
 
     def step(block: Any, total: Any) -> None:
-        index, at = ir.Constant(words, ir.Undefined), advance(b, masks, block, 4)
+        index, at = ir.Constant(doubles, ir.Undefined), advance(b, masks, block, 4)
         for i, group in enumerate((0, 2, 1, 3)):  # 8 columns each; bytes stay within half a vector
             mask = b.zext(load(b, advance(b, at, group), I8), I64)
-            index = b.insert_element(index, load(b, advance(b, picks, mask, 8), I64, 8), ir.Constant(I32, i))
+            pick = load(b, advance(b, picks, mask, 8), doubles.element, 8)
+            index = b.insert_element(index, pick, ir.Constant(I32, i))
         picked = []
         for i in (0, 1):  # each picks four times 4, of which two are for its own groups
             of_x = load(b, advance(b, advance(b, x, block, 64), 32 * i), lanes)
