@@ -191,8 +191,8 @@ def main() -> None:
         "- A bitmap is undone row by row into the L1 cache (`vpexpandb`, `vpshufb` by a table) and multiplied "
         "like a dense row. With AVX-512 VBMI2 the bytes that are not read pay for it from 20 to 40 % zeros; without, "
         "dense rows remain faster, and `expand=True` makes them dense when the model is loaded.\n"
-        "- 4 of 8 has the bytes of a bitmap at 50 %, and no row needs an offset. With AVX2 a byte shuffle takes four of eight "
-        "activations to the codes, so that only half the products are left.\n"
+        "- 4 of 8 has the bytes of a bitmap at 50 %, and no row needs an offset. With AVX2 a byte shuffle takes four "
+        "of eight activations to the codes, so that only half the products are left.\n"
         "- Blocks that are zero are skipped. One loop goes over the blocks of many rows and writes running sums; a "
         "row's product is a difference of two. A loop for each short row would be mispredicted at its end.\n\n"
     )
