@@ -121,9 +121,11 @@ def round_activations(x: Floats) -> Floats:
 
 def round_activations_in_32s(x: Floats) -> Floats:
     """Return what is left of x [n_tokens, n_in] when each 32 columns are rounded to int8 with one scale, in float32."""
-    groups = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    n_groups = -(-x.shape[1] // 32)
+    padded = np.pad(x, ((0, 0), (0, 32 * n_groups - x.shape[1])))
+    groups = padded.reshape(len(x), n_groups, 32)
     scales = np.maximum(np.abs(groups).max(axis=2, keepdims=True), np.float32(1e-9)) / np.float32(127)
-    rounded: Floats = (np.rint(groups / scales) * scales).reshape(len(x), -1)[:, : x.shape[1]]
+    rounded: Floats = (np.rint(groups / scales) * scales).reshape(padded.shape)[:, : x.shape[1]]
     return rounded
 
 

@@ -60,7 +60,7 @@ def test_rows_are_rows_of_the_whole(name):
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-@pytest.mark.parametrize("n_tokens", [1, 2, 33])
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 33])
 def test_product_is_that_of_the_decoded_matrix(name, n_tokens, monkeypatch):
     monkeypatch.setattr(reference, "TILE_WEIGHTS", 500)  # several tiles and a rest
     weight, x = encode(thin(matrix((37, 100)), name), name), matrix((n_tokens, 100), 1)
