@@ -32,7 +32,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
 (
     X_FLOAT,  # float32 [n_tokens, X_FLOAT_STRIDE]
     X_FLOAT_STRIDE,
-    X_CODES,  # int16 [n_tokens, X_STRIDE], zeros beyond n_in up to 128; the float is code * scale
+    X_CODES,  # int16 [n_tokens, X_STRIDE], zeros beyond n_in up to 128, or int8 in groups; the float is code * scale
     X_SCALES,  # float32 [n_tokens]
     X_GROUP_SCALES,  # float32 [n_tokens, X_STRIDE / 32]: of int8 codes, in groups
     X_SUMS,  # [n_tokens, X_STRIDE / 32]: float32 sums of 32 int8, scaled; int32 OFFSET times sums of groups

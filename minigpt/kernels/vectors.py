@@ -138,9 +138,14 @@ def multiply_bytes(b: Any, w: Any, x: Any, total: Any) -> Any:
     if BYTES:
         name = f"x86.avx512.vpdpbusd.{32 * lanes}" if X86 else f"aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
         return call_own(b, name, total.type, total, w, x)
-    ones = ir.Constant(vector_of(I16, 2 * lanes), [1] * (2 * lanes))
-    pairs = call_own(b, "x86.avx2.pmadd.ub.sw", ones.type, w, x)
-    return b.add(total, call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ones))
+    return _widen_pairs(b, [(w, x)], total)
+
+
+def _widen_pairs(b: Any, factors: list[tuple[Any, Any]], total: Any) -> Any:
+    """Add products of bytes and int8 to int32 lanes; all that fall on one int16 must fit it together."""
+    words = vector_of(I16, 2 * total.type.count)
+    pairs = reduce(b.add, [call_own(b, "x86.avx2.pmadd.ub.sw", words, w, x) for w, x in factors])
+    return b.add(total, call_own(b, "x86.avx2.pmadd.wd", total.type, pairs, ir.Constant(words, [1] * words.count)))
 
 
 def add_nibbles(b: Any, w: list[Any], x: list[Any], totals: list[Any]) -> list[Any]:
@@ -153,11 +158,9 @@ def add_nibbles(b: Any, w: list[Any], x: list[Any], totals: list[Any]) -> list[A
         if not w:
             return totals
         return add_nibbles(b, w[1:], x[1:], [*others, multiply_bytes(b, w[0], x[0], first)])
-    words = vector_of(I16, 2 * first.type.count)
-    ones = ir.Constant(words, [1] * words.count)
-    for some in (slice(i, i + 8) for i in range(0, len(w), 8)):
-        pairs = [call_own(b, "x86.avx2.pmadd.ub.sw", words, *both) for both in zip(w[some], x[some], strict=True)]
-        first = b.add(first, call_own(b, "x86.avx2.pmadd.wd", first.type, reduce(b.add, pairs), ones))
+    factors = list(zip(w, x, strict=True))
+    for i in range(0, len(factors), 8):
+        first = _widen_pairs(b, factors[i : i + 8], first)
     return [first, *others]
 
 
