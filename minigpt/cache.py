@@ -93,7 +93,7 @@ class CentredInt8Store(Int8Store):
 
 
 WORTH = 0.25  # share of logits up to which making them exact, row by row, costs less than all of them would
-EXACT_CALLS = 16  # after one that was not worth it: kept here so that a text does not depend on those before
+EXACT_CALLS = 4  # after one that was not worth it: kept here so that a text does not depend on those before
 
 KINDS: dict[str, tuple[type[F32Store], type[F32Store]]] = {  # of keys, of values
     "f32": (F32Store, F32Store),

@@ -231,6 +231,29 @@ def test_neutral_values_cost_nothing_and_change_nothing():
     assert [sample(LOGITS, [1, 2]) for _ in range(20)] == [draw(LOGITS, rng) for _ in range(20)]
 
 
+CUTS = {"top_k": 40, "top_p": 0.9, "typical_p": 0.9, "min_p": 0.01}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_out_of_reach_makes_no_difference(name):
+    logits = np.random.default_rng(0).normal(size=3000).astype(np.float32)
+    logits[::3] -= np.float32(40)  # at temperature 0.7 as good as impossible, and a thousand of them
+    options = SamplingOptions(**{"top_p": 1.0, name: CUTS[name]}, seed=5)
+    sample, rng = make_sampler(options), np.random.default_rng((5, 0))
+    whole = FILTERS[name].apply(logits / 0.7, CUTS[name], [])
+    ids = [sample(logits, []) for _ in range(200)]
+    assert ids == [draw(whole, rng) for _ in range(200)]
+    assert len(set(ids)) > 20
+
+
+def test_only_options_that_cut_have_a_reach():
+    logits = np.full(300_001, -12.7, np.float32)  # together nearly as likely as the first
+    logits[0] = 0
+    for p, reached in ((1.0, True), (0.999, False)):
+        sample = make_sampler(SamplingOptions(temperature=1, top_p=p, seed=0))
+        assert any(sample(logits, []) for _ in range(40)) == reached
+
+
 @pytest.mark.parametrize("bad", [np.nan, INF])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_logits_that_are_not_finite(bad, temperature):

@@ -216,7 +216,7 @@ def test_calls_that_are_not_worth_it_are_followed_by_exact_ones():
     ("options", "margin"),
     [
         ({"temperature": 0}, 0),
-        ({"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9}, 6),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9}, 4),
         ({"temperature": 1, "repetition_penalty": 1.1}, None),
         ({"temperature": 0, "presence_penalty": 0.1}, None),
         ({"temperature": 0, "frequency_penalty": 0.1}, None),

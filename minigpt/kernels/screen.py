@@ -39,6 +39,7 @@ from minigpt.kernels.vectors import (
 from minigpt.layout import *
 
 TOGETHER = 256  # rows whose bounds are compared at once
+ROWS_AHEAD = 8  # of those made exact: they lie apart, and none is in a cache
 AHEAD = 0 if BYTES else 2048  # bytes beyond those at hand that are asked for; with BYTES memory is the bound anyway
 SIZE = 1 if BYTE_PAIRS else 2  # bytes of a rounded activation
 
@@ -109,7 +110,39 @@ def round_activations(source, n_in, to):
     return scale, float32(total), float32(2) * (square_root(square) + float32(9) * square_root(error))
 
 
-def _add(name: str, part: int, step: float, middle: float) -> None:
+@instruction(void, int64)
+def ask(b: Any, address: Any) -> None:
+    """Ask for a cache line."""
+    prefetch(b, address)
+
+
+@njit(**HELP)
+def ask_lines(begin, n_bytes):
+    """Ask for so many bytes."""
+    for at in range(0, n_bytes, 64):
+        ask(begin + at)
+
+
+@njit(**HELP)
+def ask_halves(w, row):
+    """Ask for a row of `int8_split`."""
+    n_bytes = (w[W_N_IN] + COLUMNS - 1) // COLUMNS * 64
+    ask_lines(w[W_PART_0] + row * n_bytes, n_bytes)
+    ask_lines(w[W_PART_1] + row * n_bytes, n_bytes)
+
+
+def _ask_values(size: int) -> Any:
+    """Return a function that asks for a row of values of so many bytes."""
+
+    @njit(**HELP)
+    def ask_values(w, row):
+        n_bytes = w[W_N_IN] * size
+        ask_lines(w[W_PART_0] + row * n_bytes, n_bytes)
+
+    return ask_values
+
+
+def _add(name: str, part: int, step: float, middle: float, ask_row: Any) -> None:
     """Register the entry points of an encoding with rough codes in a part, [n_out, n_in / 2], and scales in part 2.
 
     A weight is about (code - middle) * step * scale of its row.
@@ -151,10 +184,11 @@ def _add(name: str, part: int, step: float, middle: float) -> None:
     def refine(w, x, y, y_stride, n_tokens, row_begin, row_end, limits, widths):
         """Make those products exact that may reach their token's limit; leave their number in `limits`.
 
-        The `matmul` of these encodings needs no scratch for few tokens: the bounds stay where they are.
+        At most CHUNK_ROWS rows. The `matmul` of these encodings needs no scratch for few tokens: what is there stays.
         """
         matrix, w = w, i64(w)
         bounds = i64(x)[X_PANEL] + i64(x)[X_STRIDE] * 4
+        chosen = i64(bounds + TOGETHER * 4)
         for token in range(n_tokens):
             limit, width, count = f32(limits)[token], f32(widths)[token], 0
             for begin in range(row_begin, row_end, TOGETHER):
@@ -163,18 +197,18 @@ def _add(name: str, part: int, step: float, middle: float) -> None:
                 scales = f32(w[W_PART_2] + begin * 4)
                 for r in range(n):
                     highest[r] = values[r] + scales[r] * width
-                r = 0 if largest(bounds, n, False) >= limit else n
-                while r < n:
-                    first = r
-                    while r < n and highest[r] >= limit:
-                        r += 1
-                    if r > first:
-                        count += r - first
-                        call_matmul(w[W_MATMUL], (matrix, x, y, y_stride, n_tokens, begin + first, begin + r))
-                    r += 1
+                if largest(bounds, n, False) >= limit:
+                    for r in range(n):
+                        chosen[count] = begin + r
+                        count += highest[r] >= limit
+            for i in range(-ROWS_AHEAD, count):
+                if i + ROWS_AHEAD < count:
+                    ask_row(w, chosen[i + ROWS_AHEAD])
+                if i >= 0:
+                    call_matmul(w[W_MATMUL], (matrix, x, y, y_stride, n_tokens, chosen[i], chosen[i] + 1))
             f32(limits)[token] = float32(count)
 
 
-_add("int8_split", W_PART_0, 16, 120.5 / 16)
-_add("f16_screened", W_PART_1, 1, 7.5)
-_add("f32_screened", W_PART_1, 1, 7.5)
+_add("int8_split", W_PART_0, 16, 120.5 / 16, ask_halves)
+_add("f16_screened", W_PART_1, 1, 7.5, _ask_values(2))
+_add("f32_screened", W_PART_1, 1, 7.5, _ask_values(4))
