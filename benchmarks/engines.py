@@ -89,6 +89,14 @@ class MiniGPT(Engine):
     def step(self, ids):
         return self.model.likeliest(ids, self.cache)
 
+    def generate(self, prompt, n_tokens):
+        self.reset()
+        times, tokens = [time.perf_counter()], []
+        for id in self.model.follow(prompt, self.cache, n_tokens):
+            times.append(time.perf_counter())
+            tokens.append(id)
+        return times, tokens
+
 
 class MiniGPTInt8(MiniGPT):
     name, kind, encoding = "minigpt-int8", "int8", "int8"

@@ -6,6 +6,7 @@ caller's thread, when it asks for the next step; whoever stops asking leaves not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -130,20 +131,37 @@ def generate(
         ids = [id for s in active for id in texts[s][-tail:]]
         return model.forward(ids, cache, np.repeat(active, tail), margin=margin)
 
+    fits = len(prompt) <= n_positions
+    first = prompt if fits else prompt[:keep_head] + prompt[-tail:]
+
+    def reason_to_end(id: int, length: int, s: int) -> str | None:
+        full = cache.lengths[s] == n_positions and not context_shift
+        return "stop" if id in stop_ids else "length" if full or length == max_tokens else None
+
+    def likeliest_steps() -> Iterator[Step]:
+        ids, length, limit = first, 0, math.inf if max_tokens is None else max_tokens
+        while True:
+            for id in model.follow(ids, cache, int(min(limit - length, n_positions)), stop_ids):
+                length += 1
+                texts[0].append(id)
+                reason = reason_to_end(id, length, 0)
+                yield Step(0, id, None, reason)
+                if reason is not None:
+                    return
+            cache.truncate(keep_head)
+            ids = texts[0][-tail:]
+
     def steps() -> Iterator[Step]:
-        fits = len(prompt) <= n_positions
-        first = prompt if fits else prompt[:keep_head] + prompt[-tail:]
         logits = model.forward(first, cache, margin=margin)  # [1, vocab]
         cache.reorder([0] * n)
         logits, active, length = np.repeat(logits, n, axis=0), list(range(n)), 0  # [n_active, vocab]
         while active:
             length += 1
-            full = cache.lengths[active[0]] == n_positions and not context_shift
             running = []
             for s, row in zip(active, logits, strict=True):
                 id = samplers[s](row, texts[s])
                 texts[s].append(id)
-                reason = "stop" if id in stop_ids else "length" if full or length == max_tokens else None
+                reason = reason_to_end(id, length, s)
                 yield Step(s, id, log_probability(row, id) if logprobs else None, reason)
                 if reason is None:
                     running.append(s)
@@ -151,7 +169,7 @@ def generate(
             if active:
                 logits = read_on(active)
 
-    return steps()
+    return likeliest_steps() if n == 1 and margin == 0 else steps()
 
 
 # ---- beam search -------------------------------------------------------------------------------------------

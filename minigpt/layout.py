@@ -106,7 +106,7 @@ ACTIVATION_FUNCTIONS = ("gelu_new", "gelu", "relu", "silu")
     P_SCORES,  # float32 [n_threads, P_SCORES_STRIDE]: attention's scratch
     P_SCORES_STRIDE,
     P_LAPS,  # int64 [n_threads, LAP_SIZE], or 0: nobody measures
-    P_CLOCK,  # address of C's timespec_get
+    P_CLOCK,  # address of C's timespec_get, or 0
     P_SIZE,
 ) = range(39)
 
@@ -135,6 +135,10 @@ S_SIZE = 48
     LAP_NANOSECONDS,
 ) = range(13)
 LAP_SIZE = 16  # fields of a thread, on cache lines of its own
+
+# A token that was found to be the likeliest: `follow.py`.
+F_SECONDS, F_NANOSECONDS, F_ID = range(3)  # a struct timespec: when
+F_SIZE = 3
 
 # The team of threads: fields 16 apart, so that each has cache lines of its own.
 T_JOB = 0  # job number << 32 | threads inside; an odd number is open

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -13,6 +14,7 @@ from minigpt.cache import KVCache, checked_kind
 from minigpt.checkpoint import Checkpoint
 from minigpt.errors import BackendError, ContextError, OptionError
 from minigpt.program import Program, can_run
+from minigpt.sampling import check_finite
 from minigpt.team import checked_threads
 
 Floats = NDArray[np.float32]
@@ -21,6 +23,7 @@ Ids = NDArray[np.int64]
 __all__ = ["GPT2", "KVCache"]
 
 CHUNK = 512  # tokens that go through the network at once: bounds every intermediate, long prompts too
+AHEAD, MOST_AHEAD = 0.025, 64  # seconds and tokens that may be computed before they are asked for
 SHOWN = 128  # tokens whose logits are handed out at once: 26 MB for a vocabulary of 50,257
 
 
@@ -112,8 +115,57 @@ class GPT2:
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def likeliest(self, ids: ArrayLike, cache: KVCache) -> int:
-        """Run tokens of one sequence as `forward` does, and return the likeliest next one."""
-        return int(self.forward(ids, cache, margin=0.0).argmax())
+        """Run tokens of one sequence as `forward` does, and return the likeliest next one.
+
+        Raises
+        ------
+        MinigptError
+            If logits are not finite.
+        """
+        logits = self.forward(ids, cache, margin=0.0)
+        check_finite(logits)
+        return int(logits.argmax())
+
+    def follow(self, ids: ArrayLike, cache: KVCache, n_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
+        """Yield the likeliest next token, then the likeliest after that, and so on: what `likeliest` does, sooner.
+
+        As many as take 25 ms are computed at once, without Python in between; `cache` never shows more than what was
+        taken.
+
+        Parameters
+        ----------
+        ids : array-like of int, shape (n_tokens,)
+            Tokens of sequence 0 of the cache.
+        cache : KVCache
+            What came before. Before each token that is yielded, it is extended by those that it follows.
+        n_tokens : int
+            How many at most.
+        stop_ids : collection of int
+            Tokens after which to end.
+
+        Raises
+        ------
+        OptionError, ContextError
+            As `forward`, for the tokens given; it ends where the context is full.
+        MinigptError
+            If logits are not finite.
+        """
+        stops, ahead = np.array(sorted(stop_ids), np.int64), 1
+        found, position = [self.likeliest(ids, cache)], int(cache.lengths[0]) - 1
+        while n_tokens > 0:
+            for id in found:
+                position += 1
+                cache.lengths[0] = position
+                yield id
+            n_tokens -= len(found)
+            room = min(n_tokens, self.config.n_positions - position)
+            if room < 1 or id in stop_ids:
+                return
+            began, found = time.perf_counter(), []
+            if self._program is not None:
+                found = self._program.run_greedily(id, position, cache, min(room, ahead), stops)
+            found = found or [self.likeliest([id], cache)]
+            ahead = max(1, min(int(AHEAD * len(found) / (time.perf_counter() - began)), MOST_AHEAD))
 
     def new_cache(self, n_sequences: int = 1) -> KVCache:
         """Return an empty cache of this model's kind."""

@@ -11,19 +11,18 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from minigpt import layout, ops
+from minigpt.cache import WORTH, KVCache
 from minigpt.checkpoint import Checkpoint
 from minigpt.encodings import Encoding, Weight
+from minigpt.errors import BackendError
 from minigpt.reference import activation_levels
 from minigpt.team import Team
-
-if TYPE_CHECKING:
-    from minigpt.cache import KVCache
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -55,7 +54,7 @@ class Program:
     def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, expand: bool = False) -> None:
         self.team = Team(n_threads)
         self._config, self.weights = checkpoint.config, expanded(checkpoint.weights, expand)
-        self._forward = _address("forward")
+        self._forward, self._follow = _address("forward"), _entry("follow").call
         self._matrices: dict[int, NDArray[np.int64]] = {}  # descriptors, by identity of the weight
         self._layers = np.zeros((self._config.n_layer, layout.L_SIZE), np.int64)
         self._fields = np.zeros(layout.P_SIZE, np.int64)
@@ -107,11 +106,44 @@ class Program:
         Between two tokens nothing is in the processor's caches but weights, so what counts is how little is touched.
         """
         with self.team.lock:
-            self._prepare(1, cache)
-            tokens = self._tokens.data  # a memoryview: quicker to write single numbers to
-            tokens[0, 0], tokens[1, 0], tokens[2, 0], tokens[3, 0] = id, position, 0, 0
-            self._runs.data[1] = 1
+            self._take_one(id, position, cache)
             return self._call(1, 1, 1, cache, margin)
+
+    def run_greedily(self, id: int, position: int, cache: KVCache, n_tokens: int, stop_ids: Ids) -> list[int]:
+        """Do the same for one token and then for the likeliest next one, and so on, in compiled code.
+
+        Returns
+        -------
+        list of int
+            The likeliest next ones: `n_tokens`, or up to one of `stop_ids`, or fewer if the next is better found by
+            `run_one`: none where logits are not finite.
+        """
+        with self.team.lock:
+            self._take_one(id, position, cache)
+            logits, rough = self._ask(1, 1, 1, cache, 0.0)
+            n = n_tokens if rough or self._rough is None else 1  # in between, the cache decides what may be rough
+            found = np.zeros((1 + n, layout.F_SIZE), np.int64)
+            stops = stop_ids.ctypes.data, len(stop_ids)
+
+            def series() -> list[float]:
+                nonlocal n
+                n = self._follow(
+                    self._address, self._forward, found.ctypes.data, n, *stops, int(WORTH * self._config.vocab_size)
+                )
+                spent = np.diff(found[: 1 + n, [layout.F_SECONDS, layout.F_NANOSECONDS]], axis=0) @ (1, 1e-9)
+                return spent.tolist()
+
+            self.team.run_series(series)
+            if rough:
+                cache.note_exact(self._fields[layout.P_N_EXACT] / logits.size)
+        ids: list[int] = found[1 : 1 + n, layout.F_ID].tolist()
+        return ids[:-1] if ids[-1] < 0 else ids
+
+    def _take_one(self, id: int, position: int, cache: KVCache) -> None:
+        self._prepare(1, cache)
+        tokens = self._tokens.data  # a memoryview: quicker to write single numbers to
+        tokens[0, 0], tokens[1, 0], tokens[2, 0], tokens[3, 0] = id, position, 0, 0
+        self._runs.data[1] = 1
 
     def _prepare(self, n_tokens: int, cache: KVCache) -> None:
         if n_tokens > self._room:
@@ -119,8 +151,10 @@ class Program:
         if self._cache() is not cache:
             self._point_to(cache)
 
-    def _call(self, n_tokens: int, n_runs: int, n_keep: int, cache: KVCache, margin: float | None) -> Floats:
-        """Call the kernel for the tokens that are in place."""
+    def _ask(
+        self, n_tokens: int, n_runs: int, n_keep: int, cache: KVCache, margin: float | None
+    ) -> tuple[Floats, bool]:
+        """Say what is wanted of the tokens that are in place: return memory for it, and whether it may be rough."""
         rough = margin is not None and self._rough is not None and 0 < n_keep < FEW and cache.may_be_rough()
         logits = np.empty((n_keep, self._config.vocab_size), np.float32)
         fields = self._fields.data
@@ -128,18 +162,25 @@ class Program:
         fields[layout.P_LOGITS] = logits.__array_interface__["data"][0]  # at half the cost of `.ctypes`
         fields[layout.P_SCREEN], fields[layout.P_N_EXACT] = self._rough_address if rough else 0, 0
         fields[layout.P_MARGIN] = _bits(margin) if margin else 0
+        return logits, rough
+
+    def _call(self, n_tokens: int, n_runs: int, n_keep: int, cache: KVCache, margin: float | None) -> Floats:
+        """Call the kernel for the tokens that are in place."""
+        logits, rough = self._ask(n_tokens, n_runs, n_keep, cache, margin)
         self.team.run(self._forward, self._address, alike=n_tokens == 1)
         if rough:
-            cache.note_exact(fields[layout.P_N_EXACT] / logits.size)
+            cache.note_exact(self._fields.data[layout.P_N_EXACT] / logits.size)
         return logits
 
     @contextmanager
     def laps(self) -> Iterator[NDArray[np.int64]]:
         """Let threads note for what their time goes: int64 [n_threads, LAP_SIZE], nanoseconds (see `layout.py`)."""
+        if not self._fields[layout.P_CLOCK]:
+            raise BackendError("the system's C library has no clock (timespec_get) to time parts with")
         record = aligned((self.team.n_threads, layout.LAP_SIZE), np.int64)
         record[:] = 0
         with self.team.lock:
-            self._fill(P_LAPS=record.ctypes.data, P_CLOCK=_clock_address())
+            self._fill(P_LAPS=record.ctypes.data)
         try:
             yield record
         finally:
@@ -157,6 +198,7 @@ class Program:
         config = self._config
         self._fill(
             P_TEAM=self.team.address,
+            P_CLOCK=_clock_address(),
             P_N_LAYER=config.n_layer,
             P_LAYERS=self._layers.ctypes.data,
             P_WTE=self._matrix("wte.weight"),
@@ -338,8 +380,7 @@ def product(weight: Weight) -> Callable[[], None]:
         array[:] = 1
     descriptor, x, y = describe(weight), np.ones(n_in, np.float32), aligned((n_out,))
     memory.record[layout.X_FLOAT], memory.record[layout.X_FLOAT_STRIDE] = x.ctypes.data, n_in
-    kernel = ops.kernel(f"matmul_{weight.encoding.name}")
-    assert kernel is not None, "the NumPy backend has no programs"
+    kernel = _entry(f"matmul_{weight.encoding.name}")
 
     def multiply(owners: object = (weight, memory, descriptor, x, y)) -> None:
         kernel.call(descriptor.ctypes.data, memory.record.ctypes.data, y.ctypes.data, n_out, 1, 0, n_out)
@@ -355,16 +396,23 @@ def aligned(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[An
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _address(name: str) -> int:
+def _entry(name: str) -> ops.Kernel:
     kernel = ops.kernel(name)
     assert kernel is not None, "the NumPy backend has no programs"
-    return kernel.address
+    return kernel
+
+
+def _address(name: str) -> int:
+    return _entry(name).address
 
 
 def _clock_address() -> int:
-    """Return the address of C's `timespec_get`; Windows has it under another name."""
-    function = ctypes.cdll.ucrtbase._timespec64_get if sys.platform == "win32" else ctypes.CDLL(None).timespec_get
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+    """Return the address of C's `timespec_get`, or 0; Windows has it under another name, old Androids not at all."""
+    windows = sys.platform == "win32"
+    function = getattr(
+        *(ctypes.cdll.ucrtbase, "_timespec64_get") if windows else (ctypes.CDLL(None), "timespec_get"), None
+    )
+    return (function and ctypes.cast(function, ctypes.c_void_p).value) or 0
 
 
 def _bits(value: float) -> int:

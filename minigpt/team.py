@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -80,6 +80,16 @@ class Team:
             self._run_job(self.address, kernel, argument)
             if alike and self._states:
                 self._alone = self._pace.send(time.perf_counter() - began)
+
+    def run_series(self, series: Callable[[], Iterable[float]]) -> None:
+        """Do the same for alike jobs that compiled code runs in a row: `series` returns what each took, in seconds."""
+        with self.lock:
+            self._fields[layout.T_ALONE] = alone = self._alone
+            if not alone:
+                self._wake_workers()
+            for seconds in series():
+                if self._states and self._alone == alone:  # else those to come were to be done in the other way
+                    self._alone = self._pace.send(seconds)
 
     def forget_workers(self) -> None:
         """Begin without any workers: when made, and in a forked child."""

@@ -51,6 +51,14 @@ class FakeGPT2(GPT2):
     def run_one(self, id, position, cache, margin=None):
         return self.run([id], [position], [0], cache, [0], margin)
 
+    def run_greedily(self, id, position, cache, n_tokens, stop_ids):
+        """Stand in for `Program.run_greedily`: two tokens at most, as it may find fewer than asked for."""
+        found = []
+        while len(found) < min(n_tokens, 2) and not (found and found[-1] in stop_ids):
+            id = int(self.run_one(id, position + len(found), cache).argmax())
+            found.append(id)
+        return found
+
 
 def greedy_ids(model, prompt, n):
     text = list(prompt)

@@ -7,7 +7,7 @@ import pytest
 from conftest import small_checkpoint
 
 from minigpt import model as m
-from minigpt.errors import ContextError, OptionError
+from minigpt.errors import ContextError, MinigptError, OptionError
 from minigpt.model import GPT2, KVCache
 
 IDS = np.random.default_rng(1).integers(0, 265, 40)
@@ -144,3 +144,80 @@ def test_tokens_to_keep_ascend(gpt2, keep):
 @pytest.mark.parametrize("keep", [[5, 39], [*range(1, 30)], [*range(40)]])
 def test_what_is_kept_does_not_change_a_token(gpt2, keep):
     close(gpt2.forward(IDS, KVCache(gpt2.config), keep=keep), full(gpt2)[keep], gpt2)
+
+
+# ---- the likeliest tokens, several at once -------------------------------------------------------------------
+
+
+def one_by_one(gpt2, prompt, n):
+    """Ask `likeliest` n times."""
+    cache, ids = gpt2.new_cache(), list(prompt)
+    for _ in range(n):
+        ids.append(gpt2.likeliest(ids[int(cache.lengths[0]) :], cache))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("encoding", ["f32", "int8", "int4", "bitmap_int8"])
+def test_following_is_asking_again_and_again(encoding, n_threads, monkeypatch):
+    monkeypatch.setattr(m, "AHEAD", 1e9)  # as many as there may be at once
+    gpt2 = GPT2(small_checkpoint(encoding, n_embd=64, n_positions=128), n_threads)
+    for prompt in ([1], IDS[:9].tolist()):
+        cache = gpt2.new_cache()
+        found = []
+        for id in gpt2.follow(prompt, cache, 100):
+            assert cache.lengths.tolist() == [len(prompt) + len(found)]
+            found.append(id)
+        assert found == one_by_one(gpt2, prompt, 100)
+        assert len(set(found)) > 5
+
+
+def test_following_ends_after_a_stop_id_or_where_the_context_is_full(gpt2):
+    everything = one_by_one(gpt2, IDS[:4], 61)
+    assert list(gpt2.follow(IDS[:4], gpt2.new_cache(), 1000)) == everything  # 64 positions, and one beyond
+    for stop in (everything[0], everything[30]):
+        until = everything[: everything.index(stop) + 1]
+        assert list(gpt2.follow(IDS[:4], gpt2.new_cache(), 1000, {stop, 264})) == until
+    assert list(gpt2.follow(IDS[:4], gpt2.new_cache(), 3)) == everything[:3]
+    assert list(gpt2.follow(IDS[:4], gpt2.new_cache(), 0)) == []
+    with pytest.raises(ContextError, match="65 tokens"):
+        next(gpt2.follow([1] * 65, gpt2.new_cache(), 3))
+
+
+def test_what_was_computed_ahead_does_not_show(gpt2):
+    cache, prompt = gpt2.new_cache(), IDS[:5].tolist()
+    tokens = gpt2.follow(prompt, cache, 50)
+    taken = [next(tokens) for _ in range(7)]
+    tokens.close()
+    assert cache.lengths.tolist() == [5 + 6]
+    other = gpt2.new_cache()
+    gpt2.forward(prompt, other)
+    for id in taken[:-1]:
+        gpt2.forward([id], other)
+    np.testing.assert_array_equal(gpt2.forward([3], cache), gpt2.forward([3], other))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize("name", ["h.1.mlp.c_proj.bias", "ln_f.bias"])
+def test_following_refuses_logits_that_are_not_finite(name, bad):
+    checkpoint = small_checkpoint("int8")
+    (values,) = checkpoint.weights[name].parts.values()
+    gpt2, cache = GPT2(checkpoint), KVCache(checkpoint.config)
+    tokens = gpt2.follow([1, 2], cache, 50)
+    next(tokens)
+    values.setflags(write=True)
+    values[3] = bad
+    with pytest.raises(MinigptError, match="not finite"):
+        list(tokens)
+
+
+def test_a_step_that_was_too_dear_ends_what_is_computed_ahead(monkeypatch):
+    """Whatever the cache says about the next calls, the tokens are the same."""
+    monkeypatch.setattr(m, "AHEAD", 1e9)
+    expected = one_by_one(GPT2(small_checkpoint("int8")), [1], 60)
+    for worth in (-1.0, 0.001, 0.02):
+        monkeypatch.setattr("minigpt.program.WORTH", worth)
+        monkeypatch.setattr("minigpt.cache.WORTH", worth)
+        gpt2 = GPT2(small_checkpoint("int8"))
+        assert list(gpt2.follow([1], gpt2.new_cache(), 60)) == expected

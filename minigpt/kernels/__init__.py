@@ -6,10 +6,10 @@ nothing and cannot raise, so that it runs without the GIL and can be compiled ah
 
 Read upwards in size: `target` (the processor), `entry` (Python to machine code), `vectors` and `intrinsics` (what to
 write kernels with), `elementwise`; `tiles` and the matrices `floats`, `int8`, `int4`, `sparse`; `phases` (how threads
-share work), `attention`, `forward`.
+share work), `attention`, `forward`, `follow`.
 """
 
-from minigpt.kernels import attention, forward, int4, screen, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
+from minigpt.kernels import attention, follow, forward, int4, screen, sparse  # noqa: F401  (they fill ENTRIES, as what they import does)
 from minigpt.kernels.entry import ENTRIES, FAST, compile_entry
 from minigpt.kernels.target import (
     BYTE_PAIRS,

@@ -105,8 +105,8 @@ def finish_phase(team, phase):
     return phase + 1
 
 
-@entry(3)
-def run_team(team, kernel, argument):
+@njit(**HELP)
+def run_job(team, kernel, argument):
     """Open a job for the workers if they may have part in it, do it as thread 0, and wait until all have left."""
     record = i64(team)
     record[T_ENTRY], record[T_ARGUMENT] = kernel, argument
@@ -122,6 +122,12 @@ def run_team(team, kernel, argument):
     while atomic_load(team + T_JOB * 8) & 0xFFFFFFFF:
         wait_turn(team, turns)
         turns += 1
+
+
+@entry(3)
+def run_team(team, kernel, argument):
+    """Do so once."""
+    run_job(team, kernel, argument)
 
 
 @entry(2, int64)
