@@ -137,8 +137,10 @@ S_SIZE = 48
 LAP_SIZE = 16  # fields of a thread, on cache lines of its own
 
 # A token that was found to be the likeliest: `follow.py`.
-F_SECONDS, F_NANOSECONDS, F_ID = range(3)  # a struct timespec: when
-F_SIZE = 3
+F_SECONDS, F_NANOSECONDS = 0, 1  # a struct timespec: when
+F_SPENT = 2  # nanoseconds since the one before
+F_ID = 3
+F_SIZE = 4
 
 # The team of threads: fields 16 apart, so that each has cache lines of its own.
 T_JOB = 0  # job number << 32 | threads inside; an odd number is open

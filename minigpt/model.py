@@ -23,7 +23,7 @@ Ids = NDArray[np.int64]
 __all__ = ["GPT2", "KVCache"]
 
 CHUNK = 512  # tokens that go through the network at once: bounds every intermediate, long prompts too
-AHEAD, MOST_AHEAD = 0.025, 64  # seconds and tokens that may be computed before they are asked for
+AHEAD, MOST_AHEAD = 0.05, 64  # seconds and tokens that may be computed before they are asked for
 SHOWN = 128  # tokens whose logits are handed out at once: 26 MB for a vocabulary of 50,257
 
 
@@ -129,7 +129,7 @@ class GPT2:
     def follow(self, ids: ArrayLike, cache: KVCache, n_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
         """Yield the likeliest next token, then the likeliest after that, and so on: what `likeliest` does, sooner.
 
-        As many as take 25 ms are computed at once, without Python in between; `cache` never shows more than what was
+        As many as take 50 ms are computed at once, without Python in between; `cache` never shows more than what was
         taken.
 
         Parameters

@@ -54,6 +54,7 @@ class Program:
     def __init__(self, checkpoint: Checkpoint, n_threads: int | None = None, expand: bool = False) -> None:
         self.team = Team(n_threads)
         self._config, self.weights = checkpoint.config, expanded(checkpoint.weights, expand)
+        self._worth = int(WORTH * self._config.vocab_size)
         self._forward, self._follow = _address("forward"), _entry("follow").call
         self._matrices: dict[int, NDArray[np.int64]] = {}  # descriptors, by identity of the weight
         self._layers = np.zeros((self._config.n_layer, layout.L_SIZE), np.int64)
@@ -124,20 +125,17 @@ class Program:
             n = n_tokens if rough or self._rough is None else 1  # in between, the cache decides what may be rough
             found = np.zeros((1 + n, layout.F_SIZE), np.int64)
             stops = stop_ids.ctypes.data, len(stop_ids)
+            rows: list[list[int]] = []
 
             def series() -> list[float]:
-                nonlocal n
-                n = self._follow(
-                    self._address, self._forward, found.ctypes.data, n, *stops, int(WORTH * self._config.vocab_size)
-                )
-                spent = np.diff(found[: 1 + n, [layout.F_SECONDS, layout.F_NANOSECONDS]], axis=0) @ (1, 1e-9)
-                return spent.tolist()
+                n_found = self._follow(self._address, self._forward, found.ctypes.data, n, *stops, self._worth)
+                rows.extend(found[1 : 1 + n_found].tolist())
+                return [1e-9 * row[layout.F_SPENT] for row in rows]
 
             self.team.run_series(series)
             if rough:
-                cache.note_exact(self._fields[layout.P_N_EXACT] / logits.size)
-        ids: list[int] = found[1 : 1 + n, layout.F_ID].tolist()
-        return ids[:-1] if ids[-1] < 0 else ids
+                cache.note_exact(self._fields.data[layout.P_N_EXACT] / logits.size)
+        return [row[layout.F_ID] for row in rows if row[layout.F_ID] >= 0]
 
     def _take_one(self, id: int, position: int, cache: KVCache) -> None:
         self._prepare(1, cache)

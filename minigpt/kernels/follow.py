@@ -40,10 +40,12 @@ def likeliest(p):
 
 @njit(**HELP)
 def note(p, row, id):
-    """Write down an id, and when it was found."""
+    """Write down an id, when it was found, and how long it took since the one before."""
     if p[P_CLOCK]:
         call_clock(p[P_CLOCK], (row, 1))
-    i64(row)[F_ID] = id
+    here, before = i64(row), i64(row - F_SIZE * 8)
+    here[F_SPENT] = (here[F_SECONDS] - before[F_SECONDS]) * 1_000_000_000 + here[F_NANOSECONDS] - before[F_NANOSECONDS]
+    here[F_ID] = id
 
 
 @entry(7, int64)
@@ -51,10 +53,11 @@ def follow(program, kernel, found, n, stops, n_stops, worth):
     """Let the team run the token in place, then the likeliest next one, and so on; return how many were found.
 
     Up to n, until one of the ids in `stops`, until logits are not finite, which is noted as the id -1, or until more
-    than `worth` logits had to be made exact. They go to `found`, records of F_SIZE; the first one has the time alone.
+    than `worth` logits had to be made exact. They go to `found` [1 + n, F_SIZE]; the first record has the time alone.
     """
     p = i64(program)
-    note(p, found, 0)
+    if p[P_CLOCK]:
+        call_clock(p[P_CLOCK], (found, 1))
     for i in range(n):
         p[P_N_EXACT] = 0
         run_job(p[P_TEAM], kernel, program)
