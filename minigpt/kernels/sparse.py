@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from minigpt.kernels.entry import HELP, INLINE, add_encoding, float32, instruction, int32, int64, void
-from minigpt.kernels.int8 import WIDTH, codes_by_panel, codes_by_row, dot_cached, row_by_row
+from minigpt.kernels.entry import EXACT, HELP, add_encoding, float32, instruction, int32, int64, void
+from minigpt.kernels.int8 import WIDTH, codes_by_panel, codes_by_row, dot_cached
 from minigpt.kernels.intrinsics import f32, i8, i64, u8, u16, u32
 from minigpt.kernels.target import EXPANDS, SHUFFLES
 from minigpt.kernels.tiles import matmul_of
@@ -193,9 +193,20 @@ def _picks(mask: int) -> int:
     return sum(place << 8 * i for i, place in enumerate(places[:8]))
 
 
+@instruction(void, *[int64] * 3)
+def interleave(b: Any, x: Any, n: Any, to: Any) -> None:
+    """Copy n times 32 int16, four groups of 8 each, the second and the third in each other's place."""
+    with cgutils.for_range(b, n) as loop:
+        groups = load(b, advance(b, x, loop.index, 64), vector_of(I64, 8))
+        store(b, shuffle(b, groups, groups, [0, 1, 4, 5, 2, 3, 6, 7]), advance(b, to, loop.index, 64))
+
+
 @instruction(int32, *[int64] * 4)
 def dot_picked(b: Any, masks: Any, codes: Any, x: Any, n: Any) -> Any:
-    """Return the int32 sum of n times 16 codes times the int16 activations that 4 masks pick of 32."""
+    """Return the int32 sum of n times 16 codes times the activations, interleaved, that 4 masks pick of 32.
+
+    Bytes stay within half a vector when they are shuffled: of groups 0 and 2 the picks are the lower ones of theirs.
+    """
     table = ir.Constant(ir.ArrayType(I64, 256), [_picks(mask) for mask in range(256)])
     picks = b.ptrtoint(cgutils.global_constant(b, "picks", table), I64)
     totals, words, lanes = accumulators(b, vector_of(I32, 8), 2), vector_of(I64, 4), vector_of(I8, 32)
@@ -203,8 +214,8 @@ def dot_picked(b: Any, masks: Any, codes: Any, x: Any, n: Any) -> Any:
 
     def step(block: Any, total: Any) -> None:
         index, at = ir.Constant(doubles, ir.Undefined), advance(b, masks, block, 4)
-        for i, group in enumerate((0, 2, 1, 3)):  # 8 columns each; bytes stay within half a vector
-            mask = b.zext(load(b, advance(b, at, group), I8), I64)
+        for i in range(4):  # 8 columns each
+            mask = b.zext(load(b, advance(b, at, i), I8), I64)
             pick = load(b, advance(b, picks, mask, 8), doubles.element, 8)
             index = b.insert_element(index, pick, ir.Constant(I32, i))
         picked = []
@@ -213,9 +224,8 @@ def dot_picked(b: Any, masks: Any, codes: Any, x: Any, n: Any) -> Any:
             of_x = call_own(b, "x86.avx2.pshuf.b", lanes, of_x, b.bitcast(index, lanes))
             picked.append(b.bitcast(of_x, words))
         activations = b.bitcast(shuffle(b, *picked, [0, 5, 2, 7]), vector_of(I16, 16))
-        of_groups = load(b, advance(b, codes, block, 16), vector_of(I32, 4))
-        of_groups = b.bitcast(shuffle(b, of_groups, of_groups, [0, 2, 1, 3]), vector_of(I8, 16))
-        b.store(add_pairs(b, b.sext(of_groups, activations.type), activations, b.load(total)), total)
+        weights = b.sext(load(b, advance(b, codes, block, 16), vector_of(I8, 16)), activations.type)
+        b.store(add_pairs(b, weights, activations, b.load(total)), total)
 
     blocks = b.udiv(n, word(4))
     with cgutils.for_range(b, blocks) as loop:
@@ -229,22 +239,22 @@ def dot_picked(b: Any, masks: Any, codes: Any, x: Any, n: Any) -> Any:
     return sum_lanes(b, b.add(*(b.load(total) for total in totals)))
 
 
-@njit(**INLINE)
-def read_nm(w, row, scratch):
-    """Return where the masks and the codes of a row are, and its scale."""
-    masks, codes = find_nm(w, row, (i64(w)[W_N_IN] + 31) // 32 * 32)
-    return masks, codes, f32(i64(w)[W_PART_2])[row]
-
-
-@njit(**INLINE)
-def dot_nm(line, x, n_in):
-    """Multiply a row with the activations of a token."""
-    masks, codes, scale = line
-    return float32(dot_picked(masks, codes, x, (n_in + 31) // 32)) * scale
+@njit(**EXACT)
+def few_picked(w, x, y, y_stride, n_tokens, row_begin, row_end):
+    """Multiply a few tokens; scales are applied in the order of `row_by_row`."""
+    n, x = (i64(w)[W_N_IN] + 31) // 32, i64(x)
+    row_bytes, scales, factors = x[X_STRIDE] * 2, f32(i64(w)[W_PART_2]), f32(x[X_SCALES])
+    for token in range(n_tokens):
+        interleave(x[X_CODES] + token * row_bytes, n, x[X_PANEL] + token * row_bytes)
+    for row in range(row_begin, row_end):
+        masks, codes = find_nm(w, row, n * 32)
+        for token in range(n_tokens):
+            total = float32(dot_picked(masks, codes, x[X_PANEL] + token * row_bytes, n))
+            f32(y)[token * y_stride + row] = total * scales[row] * factors[token]
 
 
 _add_masked("bitmap_int8", find_bitmap, _expand(1), W_PART_3)
-_add_masked("nm_int8", find_nm, _expand(0.5), W_PART_2, row_by_row(read_nm, dot_nm) if SHUFFLES else None)
+_add_masked("nm_int8", find_nm, _expand(0.5), W_PART_2, few_picked if SHUFFLES else None)
 
 
 # Blocks: pointers [n_out + 1], columns [n_blocks], codes [n_blocks, 32], scales [n_out]
