@@ -14,6 +14,7 @@ from minigpt.compress.calibration import collect
 from minigpt.compress.step import STEPS, updated
 from minigpt.errors import OptionError
 from minigpt.model import GPT2
+from minigpt.sampling import log_softmax
 from minigpt.tokenizer import Tokenizer
 
 IDS = np.random.default_rng(3).integers(0, 264, 50)
@@ -268,13 +269,30 @@ def test_any_text_survives_a_cut_to_bytes(checkpoint, text):
     assert ids == [*b"the", 256]
 
 
-def test_a_target_size_is_met_and_filled_in_merge_order(checkpoint):
-    text = Calibration(("on on",))
-    sizes = {size: STEPS["vocabulary"](checkpoint, text, size=size) for size in (258, 260, 265)}
+def test_a_target_size_is_met_and_filled_in_merge_order(checkpoint, tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("on on")
+    sizes = {size: STEPS["vocabulary"](checkpoint, corpus=str(path), size=size) for size in (258, 260, 265)}
     assert [len(cut.vocabulary) for cut in sizes.values()] == [258, 260, 265]
     tokens = [Tokenizer(sizes[260].vocabulary).token(i) for i in range(256, 260)]
     assert tokens == [b"th", b"the", b"on", b"<|endoftext|>"]
     close(logits(sizes[265]), logits(checkpoint))
+
+
+@pytest.mark.parametrize("liked", [b"er", b" s"])
+def test_of_unused_tokens_those_stay_that_the_model_expects(checkpoint, liked):
+    text = Calibration(("on and on, " * 100,), window=32)
+    tokens = [Tokenizer(checkpoint.vocabulary).token(i) for i in range(265)]
+    head = checkpoint.weights["lm_head.weight"].decode().copy()
+    head[tokens.index(liked)] = 0.1 * trim.final_hidden(checkpoint, text.fitting(checkpoint)).mean(axis=0)
+    checkpoint = updated(checkpoint, {"lm_head.weight": head})
+    expected = trim.expected_tokens(checkpoint, text.fitting(checkpoint))
+    assert expected.sum() == pytest.approx(1, abs=1e-5)
+    seen = np.concatenate([np.exp(log_softmax(logits(checkpoint, window))) for window in text.fitting(checkpoint)])
+    close(expected, seen.mean(axis=0))
+    cut = STEPS["vocabulary"](checkpoint, text, size=259)
+    kept = {Tokenizer(cut.vocabulary).token(i) for i in range(256, 259)}
+    assert kept == {b"on", liked, b"<|endoftext|>"}
 
 
 def test_rare_tokens_go(checkpoint):
