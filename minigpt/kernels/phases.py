@@ -126,7 +126,7 @@ def run_job(team, kernel, argument):
 
 @entry(3)
 def run_team(team, kernel, argument):
-    """Do so once."""
+    """`run_job`, for callers outside."""
     run_job(team, kernel, argument)
 
 
