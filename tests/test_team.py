@@ -103,6 +103,22 @@ def test_work_is_shared_again_when_the_others_have_gone():
     assert not any(decisions[-500:])
 
 
+def test_a_series_is_judged_until_the_team_changes_its_mind():
+    crew, told = Team(2), []
+
+    def pace():
+        while True:
+            told.append((yield len(told) >= 2))
+
+    crew._pace = pace()
+    crew._alone = next(crew._pace)
+    crew.run_series(lambda: [1.0, 2.0, 3.0])
+    assert told == [1.0, 2.0]  # the third was shared, though it should not have been any more
+    crew.run_series(lambda: [4.0])
+    assert told == [1.0, 2.0, 4.0]
+    assert crew._fields[layout.T_ALONE]
+
+
 def test_workers_park_and_are_woken(counting, monkeypatch):
     monkeypatch.setattr(team, "PATIENCE", 1)
     crew = Team(3)
