@@ -219,5 +219,15 @@ def test_a_step_that_was_too_dear_ends_what_is_computed_ahead(monkeypatch):
     for worth in (-1.0, 0.001, 0.02):
         monkeypatch.setattr("minigpt.program.WORTH", worth)
         monkeypatch.setattr("minigpt.cache.WORTH", worth)
-        gpt2 = GPT2(small_checkpoint("int8"))
+        gpt2, counts = GPT2(small_checkpoint("int8")), []
+        if gpt2._program is not None:
+            run = gpt2._program.run_greedily
+
+            def counted(*arguments, run=run, counts=counts):
+                found = run(*arguments)
+                counts.append(len(found))
+                return found
+
+            monkeypatch.setattr(gpt2._program, "run_greedily", counted)
         assert list(gpt2.follow([1], gpt2.new_cache(), 60)) == expected
+        assert worth > 0 or set(counts) <= {1}
